@@ -1,0 +1,1 @@
+"""An in-process LLM engine: continuous batching, paged KV cache, Triton attention."""

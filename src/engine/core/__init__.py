@@ -1,0 +1,1 @@
+"""Scheduling without torch: requests, sequence state, KV blocks, prefix cache, scheduler."""

@@ -1,0 +1,56 @@
+"""`AttentionMetadata`: what every layer's attention needs to know of the ragged batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Layout of one step's flat token batch. Letters: T tokens, B sequences.
+
+    Sequences that decode (query_len 1) come first, so that rows `[0, num_decodes)` of every
+    tensor go to the decode kernel and the rest to the prefill kernel. All tensors live on the
+    model's device and are contiguous. Rows of padding (CUDA graphs) have `seq_lens` 0 and slot -1.
+
+    Attributes:
+        positions: [T] int64, position of each token in its sequence.
+        slot_mapping: [T] int64, block_id * block_size + offset of each new token; -1 marks padding
+            and writes nothing.
+        block_table: [B, max_blocks] int32, logical to physical block ids; entries past a
+            sequence's length are arbitrary valid ids (0 by convention) and never read.
+        seq_lens: [B] int32, KV length after this step.
+        query_lens: [B] int32, new tokens in this step.
+        query_start_loc: [B+1] int32, running sum of `query_lens`.
+        num_decodes: Leading sequences with query_len 1.
+        max_query_len: Largest entry of `query_lens`, on the host (bounds the grid).
+        max_seq_len: Largest entry of `seq_lens`, on the host; under CUDA graphs an upper bound.
+        seq_lens_host: `seq_lens` as a list for the plain-torch path; None under CUDA graphs.
+        query_lens_host: `query_lens` as a list, likewise.
+        block_table_host: Per sequence the list of its block ids (only those in use), likewise.
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    seq_lens_host: list[int] | None = None
+    query_lens_host: list[int] | None = None
+    block_table_host: list[list[int]] | None = None
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences in the batch, padding rows included."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens of the leading decoding sequences: one each."""
+        return self.num_decodes

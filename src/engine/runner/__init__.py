@@ -1,0 +1,1 @@
+"""Turns a `ScheduledBatch` into tensors, runs the model and samples."""

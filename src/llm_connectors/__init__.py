@@ -1,0 +1,1 @@
+"""LangChain and LlamaIndex classes over the in-process engine of package `engine`."""

@@ -1,0 +1,1 @@
+"""LlamaIndex classes over the in-process engine."""
