@@ -1,0 +1,118 @@
+"""GGUF tensor names and layouts, in Hugging Face's terms.
+
+llama.cpp rotates neighbouring pairs of a head's rows (interleaved rope) for the architecture
+`llama`, so its converter interleaves the two halves of every q and k head. Hugging Face's
+`rotate_half` wants the halves one after the other: loading undoes the interleaving. The other
+architectures here are stored as Hugging Face stores them.
+
+Sources: tensor names from the GGUF specification (ggml-org/ggml, docs/gguf.md) and the `gguf`
+package's tensor map; the permutation from `LlamaModel.permute` in llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from engine.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+MODEL_NAMES: Final[Mapping[str, str]] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES: Final[Mapping[str, str]] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CONFIG_TENSORS: Final = frozenset(
+    {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+)
+"""Not weights: they become `rope_parameters` of the config."""
+INTERLEAVED_ARCHITECTURES: Final = frozenset({"llama"})
+
+_LAYER_TENSOR: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_MODEL_TENSOR: Final = re.compile(r"(\w+)\.(weight|bias)")
+# The rotary frequencies which old converters stored although they follow from the config.
+_DERIVED_TENSOR: Final = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
+
+
+def hf_tensor_names(gguf_names: Iterable[str], architecture: str) -> dict[str, str]:
+    """Hugging Face name -> GGUF name of every weight.
+
+    Raises:
+        UnsupportedModelError: A tensor has no known meaning. It is not passed over, since a model
+            without one of its weights answers, but wrongly.
+    """
+    names: dict[str, str] = {}
+    for gguf_name in gguf_names:
+        if gguf_name in CONFIG_TENSORS or _DERIVED_TENSOR.fullmatch(gguf_name):
+            continue
+        hf_name = _hf_tensor_name(gguf_name)
+        if hf_name is None:
+            msg = (
+                f"GGUF tensor {gguf_name!r} has no known meaning in the architecture "
+                f"{architecture!r}."
+            )
+            raise UnsupportedModelError(msg)
+        names[hf_name] = gguf_name
+    return names
+
+
+def _hf_tensor_name(gguf_name: str) -> str | None:
+    if match := _LAYER_TENSOR.fullmatch(gguf_name):
+        layer, module, kind = match.groups()
+        stem = LAYER_NAMES.get(module)
+        return stem and f"model.layers.{int(layer)}.{stem}.{kind}"
+    if match := _MODEL_TENSOR.fullmatch(gguf_name):
+        module, kind = match.groups()
+        stem = MODEL_NAMES.get(module)
+        return stem and f"{stem}.{kind}"
+    return None
+
+
+def num_interleaved_heads(
+    gguf_name: str, architecture: str, num_q_heads: int, num_kv_heads: int
+) -> int:
+    """Heads whose rows this tensor stores interleaved; 0 if its rows are in Hugging Face's order."""
+    if architecture not in INTERLEAVED_ARCHITECTURES:
+        return 0
+    match = _LAYER_TENSOR.fullmatch(gguf_name)
+    module = match.group(2) if match else ""
+    return {"attn_q": num_q_heads, "attn_k": num_kv_heads}.get(module, 0)
+
+
+def interleaved_view(out: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`out` seen so that filling the view in llama.cpp's row order fills `out` in Hugging Face's.
+
+    Row j of half h of a head is row 2j + h of that head in the file.
+
+    Args:
+        out: A q or k projection, [num_heads * head_dim, in_features], or its bias,
+            [num_heads * head_dim].
+        num_heads: That its rows belong to.
+
+    Returns:
+        A view: [num_heads, head_dim / 2, 2, in_features], or without the last.
+
+    Raises:
+        CheckpointError: The rows are not an even number per head.
+    """
+    if out.shape[0] % (2 * num_heads):
+        msg = f"{out.shape[0]} rows cannot be {num_heads} heads of an even size."
+        raise CheckpointError(msg)
+    return out.unflatten(0, (num_heads, 2, out.shape[0] // num_heads // 2)).transpose(1, 2)
