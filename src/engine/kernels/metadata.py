@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ class AttentionMetadata:
         seq_lens_host: `seq_lens` as a list for the plain-torch path; None under CUDA graphs.
         query_lens_host: `query_lens` as a list, likewise.
         block_table_host: Per sequence the list of its block ids (only those in use), likewise.
+        step_cache: What the kernels derived from the fields above, shared by the layers of one
+            forward. Owned by `dispatch`; None until `dispatch.begin_step` opens it.
     """
 
     positions: torch.Tensor
@@ -44,6 +47,7 @@ class AttentionMetadata:
     seq_lens_host: list[int] | None = None
     query_lens_host: list[int] | None = None
     block_table_host: list[list[int]] | None = None
+    step_cache: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_seqs(self) -> int:
