@@ -1,0 +1,213 @@
+"""Which engine a connector object talks to: found on first use, shared, given back on close.
+
+Framework objects are made, copied and thrown away all the time (LangChain builds a new one for
+every configured call, LlamaIndex deep-copies them), so an object never owns weights. It holds an
+`EngineLease`: the model's name and the engine options, and, after the first use, a reference to
+the process-wide engine with exactly these options.
+
+    ChatLocal A ──lease──┐
+    ChatLocal B ──lease──┼── one reference from Engine.shared(model, **options)
+    LocalLLM  C ──lease──┘
+
+All leases of one config share one reference. It stays when an object that used it is garbage
+collected, because the next one may be a microsecond away. It goes back when `close` is called on
+a lease and no other living lease uses it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from engine import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+class EngineLease:
+    """A connector object's access to an engine. Making one costs nothing and loads nothing.
+
+    Thread-safe. A copy, a deep copy or a pickle carries the name and the options and finds the
+    same shared engine in its process; only a lease on an engine object that the caller made keeps
+    that very object when it is copied, and cannot be told apart from a shared one once unpickled.
+
+    Args:
+        model: As in `EngineConfig.model`. Ignored where `engine` is given.
+        options: Further `EngineConfig` fields by name.
+        engine: An engine the caller made and will close.
+
+    Raises:
+        ConfigError: An option is unknown or its value is bad.
+    """
+
+    __slots__ = ("__weakref__", "_engine", "_is_owned_by_caller", "config")
+
+    def __init__(
+        self,
+        model: str,
+        options: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self._engine = engine
+        self._is_owned_by_caller = engine is not None
+        self.config: EngineConfig = (
+            engine.config
+            if engine is not None
+            else EngineConfig.from_kwargs(**{**(options or {}), "model": model})
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (EngineLease, (self.config.model, non_default_options(self.config)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineLease:
+        return self.__copy__()
+
+    def __copy__(self) -> EngineLease:
+        if self._is_owned_by_caller:
+            return EngineLease(self.config.model, engine=self._engine)
+        return EngineLease(self.config.model, non_default_options(self.config))
+
+    def __repr__(self) -> str:
+        state = "loaded" if self.is_loaded else "not loaded"
+        return f"<EngineLease {self.config.model!r}, {state}>"
+
+    @property
+    def is_loaded(self) -> bool:
+        """True where `get` returns at once."""
+        engine = self._engine
+        return engine is not None and (self._is_owned_by_caller or not engine.is_closed)
+
+    def peek(self) -> Engine | None:
+        """The engine if this lease has it already. Loads nothing."""
+        return self._engine if self.is_loaded else None
+
+    def get(self) -> Engine:
+        """The engine, loaded now if nobody in the process has loaded it. May take minutes.
+
+        Raises:
+            EngineError: The model cannot be found, loaded or fitted into memory, or is loaded
+                with other options.
+        """
+        engine = self._engine
+        if engine is not None and (self._is_owned_by_caller or not engine.is_closed):
+            return engine
+        engine = _REFERENCES.acquire(self)
+        self._engine = engine
+        return engine
+
+    async def aget(self) -> Engine:
+        """`get` without blocking the event loop: a worker thread loads the model."""
+        engine = self.peek()
+        return engine if engine is not None else await asyncio.to_thread(self.get)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Give the engine back. It closes when no living lease or other owner uses it any more.
+
+        An engine that the caller made is left alone: its maker closes it. A later `get` loads
+        the model again.
+
+        Args:
+            drain: Let running requests finish first, should the engine close now.
+            timeout: Seconds to wait for them at most.
+        """
+        if self._is_owned_by_caller:
+            return
+        self._engine = None
+        _REFERENCES.release(self, drain=drain, timeout=timeout)
+
+
+class _Reference:
+    """One reference to a shared engine and the leases that use it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.users: weakref.WeakSet[EngineLease] = weakref.WeakSet()
+
+
+class _References:
+    """The process's references to shared engines, one per config."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_config: dict[EngineConfig, _Reference] = {}
+
+    def acquire(self, lease: EngineLease) -> Engine:
+        known = self._join(lease)
+        if known is not None:
+            return known
+        from engine import Engine
+
+        # Outside the lock: another model must not wait for this one. Two threads that want this
+        # one meet in `Engine.shared`, which loads once and counts twice.
+        engine = Engine.shared(lease.config.model, **non_default_options(lease.config))
+        with self._lock:
+            reference = self._by_config.get(lease.config)
+            is_first = reference is None or reference.engine.is_closed
+            if reference is None or is_first:
+                reference = self._by_config[lease.config] = _Reference(engine)
+            reference.users.add(lease)
+        if not is_first:
+            engine.close()
+        return reference.engine
+
+    def _join(self, lease: EngineLease) -> Engine | None:
+        with self._lock:
+            reference = self._by_config.get(lease.config)
+            if reference is None or reference.engine.is_closed:
+                return None
+            reference.users.add(lease)
+            return reference.engine
+
+    def release(self, lease: EngineLease, *, drain: bool, timeout: float | None) -> None:
+        with self._lock:
+            reference = self._by_config.get(lease.config)
+            if reference is None:
+                return
+            reference.users.discard(lease)
+            if len(reference.users) > 0:
+                return
+            del self._by_config[lease.config]
+        reference.engine.close(drain=drain, timeout=timeout)
+
+
+_REFERENCES = _References()
+
+
+def non_default_options(config: EngineConfig) -> dict[str, Any]:
+    """The fields of `config`, without `model`, that differ from an engine's defaults."""
+    changed = config.differing_fields(EngineConfig(model=config.model))
+    return {name: own for name, (own, _default) in changed.items()}
+
+
+def lease_for(
+    model: str | None, options: Mapping[str, Any] | None, engine: Engine | None
+) -> EngineLease:
+    """The lease of a connector object from its three fields.
+
+    Raises:
+        ConfigError: Neither a model nor an engine is given, `engine` comes with options or with
+            another model's name, or an option is unknown or bad.
+    """
+    if engine is None:
+        if not model:
+            msg = (
+                "No model given. Pass model='<folder, .gguf file, hub id or smollm2-135m>', or "
+                "engine=<an Engine you made>."
+            )
+            raise ConfigError(msg)
+        return EngineLease(model, options)
+    if options:
+        msg = (
+            f"engine_kwargs={dict(options)!r} cannot be applied to engine=…, which is running "
+            "already. Give them to the Engine, or pass model= and engine_kwargs= without engine=."
+        )
+        raise ConfigError(msg)
+    names = (engine.model_name, engine.config.model)
+    if model and model not in names:
+        msg = f"model={model!r} is not the model of engine=…, which is {names[0]!r}. Give one."
+        raise ConfigError(msg)
+    return EngineLease(engine.model_name, engine=engine)
