@@ -1,11 +1,14 @@
-"""`ScheduledBatch` and `StepOutput`: what the scheduler asks for and what the runner answers."""
+"""What the scheduler asks for, what the runner answers, and what a completed step means."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from engine.core.request import Sequence
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -29,7 +32,14 @@ class BlockUpdate:
 class ScheduledBatch:
     """Who runs in this step, and how many tokens each. No phase flag: only counts.
 
-    Arrays have one entry per scheduled sequence, sequences with one token first.
+    Arrays have one entry per scheduled sequence, sequences with one token first (a prompt whose
+    rest is one token counts among them). The arrays are new for every batch and never written
+    again, so a runner may keep them while later batches are scheduled.
+
+    An input token that was sampled by a step still in flight is -1 in
+    `SequenceTable.token_ids`; the runner takes it from the device. All sequences of a batch may
+    share KV blocks written in this very step: in every layer the KV of all tokens has to be
+    written before any attention reads it.
 
     Attributes:
         step_id: Counts up from 0.
@@ -41,7 +51,8 @@ class ScheduledBatch:
             new one is sampled. The others are chunks of a longer prompt.
         needs_prompt_logprobs: [B] bool.
         new_rows: State indices (re)admitted in this step; the runner loads their settings.
-        block_updates: Changes of the block table since the last batch.
+        block_updates: Changes of the block table since the last batch. For a new row one update
+            from block 0 on, which replaces the row.
         num_tokens: Sum of `num_scheduled_tokens`.
     """
 
@@ -90,3 +101,59 @@ class StepOutput:
     token_ids: npt.NDArray[np.int64]
     logprobs: dict[int, TokenLogprobArrays] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogprobArrays] = field(default_factory=dict)
+
+
+class NewToken(NamedTuple):
+    """A sampled token of a sequence whose tokens are watched.
+
+    Attributes:
+        seq: Whose token; may have finished with it.
+        row: State index it ran in, the key into `StepOutput.logprobs` (`seq.row` is -1 once the
+            sequence has finished).
+        token_id: The token.
+    """
+
+    seq: Sequence
+    row: int
+    token_id: int
+
+
+class PromptChunk(NamedTuple):
+    """Prompt tokens of a sequence with `prompt_logprobs` that a step has computed.
+
+    Attributes:
+        seq: Whose prompt.
+        row: State index, the key into `StepOutput.prompt_logprobs`.
+        start: Position of the chunk's first token. Its logits are about position `start + 1`.
+            Goes back to 0 when the sequence was preempted before its first new token: entries
+            from there on come again.
+        num_tokens: Length of the chunk; the last prompt token may be among them.
+    """
+
+    seq: Sequence
+    row: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class CompletedStep:
+    """What the host learned from one step. Sequences that ended before it came back are left out.
+
+    Attributes:
+        step_id: Of the batch.
+        finished: Sequences that ended with this step by a stop id or their length, in batch order.
+            Their `finish_reason`, `stop_reason` and `output_token_ids` are set; row and blocks
+            are free again.
+        new_tokens: One entry per watched sequence (`Sequence.wants_tokens`) that sampled.
+        first_tokens: Sequences whose first new token this step has brought.
+        prompt_chunks: Chunks whose prompt log probabilities this step has brought.
+        num_new_tokens: Tokens sampled for live sequences, watched or not.
+    """
+
+    step_id: int
+    finished: list[Sequence] = field(default_factory=list)
+    new_tokens: list[NewToken] = field(default_factory=list)
+    first_tokens: list[Sequence] = field(default_factory=list)
+    prompt_chunks: list[PromptChunk] = field(default_factory=list)
+    num_new_tokens: int = 0

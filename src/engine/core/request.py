@@ -5,8 +5,15 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.outputs import FinishReason, RequestMetrics, TokenLogprobs
 from engine.sampling_params import SamplingParams
+
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 class SequenceStatus(enum.Enum):
@@ -31,9 +38,12 @@ class Request:
         prompt: The prompt as text, if it came as text.
         priority: Smaller runs sooner; equal ones first come, first served.
         cache_salt: Requests with different salts never share prefix-cache blocks.
+        bad_words_ids: `params.bad_words` as token ids, one or two spellings each.
         metrics: Timings, written by the engine thread.
         sequences: `params.n` of them.
         prompt_logprobs: Filled chunk by chunk when asked for; entry 0 is None.
+        prompt_block_hashes: Hashes of the prompt's full KV blocks, kept by the scheduler so that
+            n > 1 answers hash the prompt once.
     """
 
     request_id: str
@@ -46,8 +56,21 @@ class Request:
     prompt: str | None = None
     priority: int = 0
     cache_salt: str | None = None
+    bad_words_ids: list[list[int]] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_block_hashes: list[bytes] = field(default_factory=list)
+    _prompt_array: npt.NDArray[np.int32] | None = field(default=None, init=False, repr=False)
+
+    def prompt_array(self) -> npt.NDArray[np.int32]:
+        """The prompt as [num_prompt_tokens] int32, made once.
+
+        A long list takes a while to convert (about 40 µs per 1000 ids): call it before submit to
+        spend that time on the caller's thread.
+        """
+        if self._prompt_array is None:
+            self._prompt_array = np.array(self.prompt_token_ids, dtype=np.int32)
+        return self._prompt_array
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -69,11 +92,16 @@ class Sequence:
         index: 0 … n-1 within the request.
         row: State index while RUNNING, else -1.
         status: See `SequenceStatus`.
-        output_token_ids: New tokens known on the host.
+        output_token_ids: New tokens; written when the sequence leaves its row (finished or
+            preempted). While it runs, `Scheduler.output_tokens` reads them from the table.
         num_cached_tokens: Prompt tokens taken from the prefix cache at first admission.
         arrival_index: Order of arrival over all sequences of the engine; set by the scheduler.
         needs_host_sync: The next step needs this sequence's last token on the host (bad words of
-            several tokens), so it is never scheduled ahead of its own output.
+            several tokens), so it is never scheduled ahead of its own output. Set before `add`.
+        wants_tokens: The host looks at each new token (streaming, stop strings, logprobs). Set
+            before `add`, later through `Scheduler.set_wants_tokens`.
+        num_preemptions: Times it lost its row and KV blocks and was recomputed.
+        block_hashes: Hashes of its full KV blocks as far as they were needed; kept by the scheduler.
         finish_reason: Set when FINISHED.
         stop_reason: As in `CompletionOutput`.
     """
@@ -86,10 +114,30 @@ class Sequence:
     num_cached_tokens: int = 0
     arrival_index: int = -1
     needs_host_sync: bool = False
+    wants_tokens: bool = False
+    num_preemptions: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Prompt tokens plus new tokens known on the host."""
+        """Prompt tokens plus `output_token_ids`; not up to date while RUNNING."""
         return self.request.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def seed(self) -> int:
+        """Base of this answer's draws, unsigned 64 bit: the request's seed, spread by `index`."""
+        return splitmix64(self.request.seed + self.index * _GOLDEN_GAMMA)
+
+
+def splitmix64(value: int) -> int:
+    """Scramble a 64-bit number so that neighbouring seeds are unrelated.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014).
+    """
+    value = (value + _GOLDEN_GAMMA) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
