@@ -88,7 +88,7 @@ def _hf_tensor_name(gguf_name: str) -> str | None:
 def num_interleaved_heads(
     gguf_name: str, architecture: str, num_q_heads: int, num_kv_heads: int
 ) -> int:
-    """Heads whose rows this tensor stores interleaved; 0 if its rows are in Hugging Face's order."""
+    """Heads whose rows this tensor stores interleaved; 0 if they are in Hugging Face's order."""
     if architecture not in INTERLEAVED_ARCHITECTURES:
         return 0
     match = _LAYER_TENSOR.fullmatch(gguf_name)
@@ -115,4 +115,4 @@ def interleaved_view(out: torch.Tensor, num_heads: int) -> torch.Tensor:
     if out.shape[0] % (2 * num_heads):
         msg = f"{out.shape[0]} rows cannot be {num_heads} heads of an even size."
         raise CheckpointError(msg)
-    return out.unflatten(0, (num_heads, 2, out.shape[0] // num_heads // 2)).transpose(1, 2)
+    return out.view(num_heads, 2, -1, *out.shape[1:]).transpose(1, 2)

