@@ -24,6 +24,7 @@ from engine.errors import (
 )
 from engine.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput, Usage
 from engine.sampling_params import SamplingParams
+from engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -44,6 +45,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
+    "EngineStats",
     "Logprob",
     "ModelNotFoundError",
     "RequestError",

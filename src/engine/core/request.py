@@ -11,7 +11,6 @@ import numpy.typing as npt
 from engine.outputs import FinishReason, RequestMetrics, TokenLogprobs
 from engine.sampling_params import SamplingParams
 
-
 _MASK64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
@@ -98,10 +97,10 @@ class Sequence:
         arrival_index: Order of arrival over all sequences of the engine; set by the scheduler.
         needs_host_sync: The next step needs this sequence's last token on the host (bad words of
             several tokens), so it is never scheduled ahead of its own output. Set before `add`.
-        wants_tokens: The host looks at each new token (streaming, stop strings, logprobs). Set
-            before `add`, later through `Scheduler.set_wants_tokens`.
+        wants_tokens: The host looks at each new token. The scheduler sets it for stop strings and
+            logprobs, `Scheduler.watch` for streams.
         num_preemptions: Times it lost its row and KV blocks and was recomputed.
-        block_hashes: Hashes of its full KV blocks as far as they were needed; kept by the scheduler.
+        block_hashes: Hashes of its full KV blocks as far as needed; kept by the scheduler.
         finish_reason: Set when FINISHED.
         stop_reason: As in `CompletionOutput`.
     """

@@ -1,0 +1,239 @@
+"""Build an engine's parts from its config: device, dtype, model, memory, scheduler, runner."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.core.scheduler import Scheduler
+from engine.errors import ConfigError
+from engine.loader.checkpoint import open_checkpoint
+from engine.loader.resolve import ModelFiles, resolve_model
+from engine.models.decoder import Decoder
+from engine.models.registry import build_decoder_config
+from engine.runner.memory import check_weights_fit, num_kv_blocks
+from engine.runner.model_runner import ModelRunner, profile_step
+from engine.text.chat_template import ChatTemplate
+from engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_GPU_BLOCK_SIZE = 64
+_CPU_BLOCK_SIZE = 64
+_GPU_STEP_TOKENS = 8192
+_CPU_STEP_TOKENS = 1024
+_GPU_STEPS_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class EngineParts:
+    """What one engine is made of; see `build_parts`."""
+
+    files: ModelFiles
+    resolved: ResolvedConfig
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    model: Decoder
+    scheduler: Scheduler
+    runner: ModelRunner
+    stream: torch.cuda.Stream | None
+
+
+def build_parts(config: EngineConfig) -> EngineParts:
+    """Load the model and everything around it. Blocks for as long as that takes.
+
+    Raises:
+        ConfigError: Device, dtype or sizes that cannot work.
+        ModelNotFoundError: The name leads nowhere.
+        UnsupportedModelError: Architecture or checkpoint cannot be run.
+        CapacityError: Weights or KV cache do not fit.
+    """
+    device = resolve_device(config.device)
+    files = resolve_model(
+        config.model,
+        revision=config.revision,
+        local_files_only=config.local_files_only,
+        load_format=config.load_format,
+    )
+    decoder_config = build_decoder_config(files.config)
+    dtype = resolve_dtype(config.dtype, files, device)
+    limit = decoder_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        msg = (
+            f"max_model_len={config.max_model_len} is more than the {limit} positions that "
+            f"{config.model!r} was made for. Use at most {limit}."
+        )
+        raise ConfigError(msg)
+    tokenizer = load_tokenizer(config, files)
+    chat_template = load_chat_template(config, tokenizer)
+
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with device_context(device, stream), torch.inference_mode():
+        model = Decoder(
+            decoder_config, device=device, dtype=dtype, batch_invariant=config.batch_invariant
+        )
+        check_weights_fit(model.weight_bytes, device, config)
+        with open_checkpoint(files, load_format=config.load_format) as checkpoint:
+            model.load(checkpoint)
+        resolved = _resolve_sizes(config, model, device, dtype)
+        scheduler = Scheduler(
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_model_len=resolved.max_model_len,
+            block_size=resolved.block_size,
+            num_blocks=resolved.num_kv_blocks,
+            enable_prefix_caching=resolved.enable_prefix_caching,
+        )
+        runner = ModelRunner(model, resolved, scheduler.table)
+        runner.warm_up()
+    return EngineParts(
+        files=files,
+        resolved=resolved,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        model=model,
+        scheduler=scheduler,
+        runner=runner,
+        stream=stream,
+    )
+
+
+def device_context(
+    device: torch.device, stream: torch.cuda.Stream | None
+) -> AbstractContextManager[Any]:
+    """Make `device` and the engine's own stream current for the calling thread, for a while.
+
+    An own stream keeps the engine's work apart from the application's on the same GPU.
+    """
+    stack = ExitStack()
+    if stream is not None:
+        stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.cuda.stream(stream))
+    return stack
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a config means.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f"device={name!r} is not a device: {error}."
+        raise ConfigError(msg) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        there = f"there are {count} CUDA devices" if count else "no CUDA device is usable"
+        msg = f"device={name!r} was asked for, but {there}. Use device='auto' or 'cpu'."
+        raise ConfigError(msg)
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name: str, files: ModelFiles, device: torch.device) -> torch.dtype:
+    """The dtype of weights, activations and KV cache.
+
+    "auto" takes the checkpoint's own where the device is fast with it: quantised files become
+    bfloat16; float16 on a CPU and bfloat16 on hardware without it become what is there.
+
+    Raises:
+        ConfigError: The device does not have the dtype that was asked for.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        if (
+            dtype is torch.bfloat16
+            and device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            msg = f"dtype='bfloat16' is not there on {device}. Use 'float16' or 'auto'."
+            raise ConfigError(msg)
+        return dtype
+    stored = files.config.get("dtype") or files.config.get("torch_dtype") or "bfloat16"
+    if str(stored).removeprefix("torch.") == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_half = str(stored).removeprefix("torch.") == "float16"
+        return torch.bfloat16 if has_bfloat16 and not is_half else torch.float16
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """True where matrix products in bfloat16 beat float32: AVX-512 BF16, AMX or an Arm with bf16."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if capabilities.startswith("AVX512"):
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
+
+
+def load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
+    """The model's tokenizer, or the one the config names; None for a dummy model without one."""
+    if config.tokenizer is not None:
+        return Tokenizer.from_folder(config.tokenizer)
+    if files.gguf is not None:
+        return Tokenizer.from_gguf_metadata(files.gguf.metadata)
+    if config.load_format == "dummy" and not Tokenizer.is_in_folder(files.path):
+        return None
+    return Tokenizer.from_folder(files.path)
+
+
+def load_chat_template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """The chat template from the config or the tokenizer's files, if there is one."""
+    if tokenizer is None:
+        return None
+    source = config.chat_template or tokenizer.chat_template
+    return None if source is None else ChatTemplate(source, tokenizer)
+
+
+def _resolve_sizes(
+    config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype
+) -> ResolvedConfig:
+    is_cuda = device.type == "cuda"
+    block_size = config.block_size or (_GPU_BLOCK_SIZE if is_cuda else _CPU_BLOCK_SIZE)
+    step_tokens = config.max_num_batched_tokens or (
+        _GPU_STEP_TOKENS if is_cuda else _CPU_STEP_TOKENS
+    )
+    longest = config.max_model_len or model.config.max_position_embeddings
+    step_tokens = min(step_tokens, longest * config.max_num_seqs)
+    blocks = num_kv_blocks(
+        config,
+        device,
+        block_bytes=model.kv_bytes_per_token * block_size,
+        tokens_wanted=longest * config.max_num_seqs,
+        block_size=block_size,
+        profile_step=lambda: profile_step(
+            model, step_tokens, min(config.max_num_seqs, step_tokens), block_size
+        ),
+    )
+    # Block 0 is padding's. A longer sequence than the cache holds could never finish.
+    max_model_len = min(longest, (blocks - 1) * block_size)
+    if config.max_model_len is None and max_model_len < longest:
+        logger.info(
+            "max_model_len lowered from %d to %d tokens, what the KV cache holds",
+            longest,
+            max_model_len,
+        )
+    return ResolvedConfig(
+        requested=config,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len if config.max_model_len is None else config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        block_size=block_size,
+        num_kv_blocks=blocks,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_steps_in_flight=_GPU_STEPS_IN_FLIGHT if is_cuda else 1,
+    )

@@ -1,0 +1,383 @@
+"""From sampled ids to text, deltas and finished outputs.
+
+Runs in the engine thread, once per step. Python work is done only for sequences that finished or
+that somebody watches token by token (streams, stop strings, logprobs); for all others the ids stay
+in the sequence table until the end and are turned into text at once.
+
+    StepOutput ─► scheduler.complete ─► watched: detokenize ─► stop strings ─► Delta
+                                    └─► finished: text of all ids ─► RequestOutput ─► handle
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+from engine.core.request import Request, Sequence, SequenceStatus
+from engine.handle import RequestHandle
+from engine.outputs import (
+    CompletionOutput,
+    Delta,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+    Usage,
+)
+from engine.text.detokenizer import IncrementalDetokenizer, StopStringMatcher
+
+if TYPE_CHECKING:
+    from engine.core.scheduler import Scheduler
+    from engine.stats import Counters
+    from engine.text.tokenizer import Tokenizer
+
+_Wakeups = list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Text side of one sequence.
+
+    `num_seen` ids have gone through the detokenizer into `text`; of these, `num_sent_tokens` ids
+    and `num_sent_chars` characters were published. Ids past `num_seen` wait in the table.
+    """
+
+    seq: Sequence
+    detokenizer: IncrementalDetokenizer | None
+    matcher: StopStringMatcher | None
+    text: str = ""
+    num_seen: int = 0
+    num_sent_tokens: int = 0
+    num_sent_chars: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    num_sent_logprobs: int = 0
+    output: CompletionOutput | None = None
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has not ended."""
+
+    request: Request
+    handle: RequestHandle
+    answers: list[_Answer]
+    is_streamed: bool = False
+    deltas: list[Delta] = field(default_factory=list)
+
+
+class OutputProcessor:
+    """Owns the text state of all open requests and the handles to answer.
+
+    Args:
+        scheduler: To end sequences and to read their ids.
+        tokenizer: None for models without one (`load_format="dummy"`): texts are then empty.
+        counters: Counts finished, failed and aborted requests.
+        on_row_freed: Called with the state index of each sequence that ended while running.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        counters: Counters,
+        on_row_freed: Callable[[int], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._counters = counters
+        self._on_row_freed = on_row_freed
+        self._open: dict[Request, _Open] = {}
+        self._touched: dict[Request, _Open] = {}
+        self._wakeups: _Wakeups = []
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def take_wakeups(self) -> _Wakeups:
+        """Publish the pending deltas; return the futures to complete (see `wake_loops`)."""
+        for entry in self._touched.values():
+            self._wakeups += entry.handle.publish(deltas=entry.deltas)
+            entry.deltas = []
+        self._touched.clear()
+        wakeups, self._wakeups = self._wakeups, []
+        return wakeups
+
+    # ---------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request, handle: RequestHandle) -> None:
+        """Start to look after `request`."""
+        answers = [self._new_answer(seq) for seq in request.sequences]
+        self._open[request] = _Open(request, handle, answers)
+        self._counters.prompt_tokens += request.num_prompt_tokens
+
+    def _new_answer(self, seq: Sequence) -> _Answer:
+        params = seq.request.params
+        answer = _Answer(seq, detokenizer=None, matcher=None)
+        if params.logprobs is not None:
+            answer.logprobs = []
+        if self._tokenizer is not None:
+            answer.detokenizer = IncrementalDetokenizer(
+                self._tokenizer, skip_special_tokens=params.skip_special_tokens
+            )
+            if params.stop:
+                answer.matcher = StopStringMatcher(
+                    tuple(params.stop), include_stop=params.include_stop_str_in_output
+                )
+        return answer
+
+    def start_stream(self, request: Request) -> None:
+        """Publish deltas from now on; the first one catches up with all that is there."""
+        entry = self._open.get(request)
+        if entry is None or entry.is_streamed:
+            return
+        entry.is_streamed = True
+        for answer in entry.answers:
+            if answer.seq.status is SequenceStatus.FINISHED:
+                self._emit(entry, answer)
+                continue
+            self._scheduler.watch(answer.seq)
+            self._take_new_tokens(answer)
+            self._emit(entry, answer)
+        self.publish_if_touched(entry)
+
+    def publish_if_touched(self, entry: _Open) -> None:
+        """Queue the entry for `take_wakeups` when it has deltas."""
+        if entry.deltas:
+            self._touched[entry.request] = entry
+
+    def abort(self, request: Request) -> None:
+        """End the request's unfinished answers with reason "abort"."""
+        entry = self._open.get(request)
+        if entry is None:
+            return
+        self._counters.requests_aborted += 1
+        for answer in entry.answers:
+            if answer.seq.status is not SequenceStatus.FINISHED:
+                self._take_new_tokens(answer)
+                self._end_sequence(answer.seq, "abort", None)
+                self._finish_answer(entry, answer)
+        self._finish_request(entry)
+
+    def fail_batches(self, batches: list[ScheduledBatch], error: BaseException) -> None:
+        """End every request with a sequence in `batches` with `error`; empty the prefix cache."""
+        requests = {
+            seq.request: None for batch in batches for seq in self._scheduler.sequences_of(batch)
+        }
+        for request in requests:
+            self._fail(request, error)
+        self._scheduler.reset_prefix_cache()
+
+    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
+        """End every open request, each with an error of its own."""
+        for request in list(self._open):
+            self._fail(request, make_error())
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        entry = self._open.pop(request, None)
+        if entry is None:
+            return
+        self._touched.pop(request, None)
+        self._counters.requests_failed += 1
+        for seq in request.sequences:
+            if seq.status is not SequenceStatus.FINISHED:
+                self._end_sequence(seq, "abort", None)
+        self._wakeups += entry.handle.publish(deltas=entry.deltas, error=error)
+
+    # ---------------------------------------------------------------- one step's results
+
+    def process(self, batch: ScheduledBatch, output: StepOutput) -> int:
+        """Take in what a step sampled.
+
+        Returns:
+            Number of new tokens.
+        """
+        now_s = time.monotonic()
+        self._take_prompt_logprobs(batch, output)
+        completed = self._scheduler.complete(batch, output.token_ids)
+        for seq in completed.first_tokens:
+            if seq.request.metrics.first_token_s is None:
+                seq.request.metrics.first_token_s = now_s
+        for seq, row in completed.watched:
+            entry = self._open.get(seq.request)
+            if entry is None:
+                continue
+            answer = entry.answers[seq.index]
+            if answer.logprobs is not None and row in output.logprobs:
+                answer.logprobs.append(self._logprobs_at(output.logprobs[row], 0))
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            self._take_new_tokens(answer)
+            if answer.matcher is not None and answer.matcher.matched is not None:
+                self._end_sequence(seq, "stop", answer.matcher.matched)
+                self._finish_answer(entry, answer)
+                self._finish_request(entry)
+            elif entry.is_streamed:
+                self._emit(entry, answer)
+                self.publish_if_touched(entry)
+        for seq, row in completed.finished:
+            self._on_row_freed(row)
+            entry = self._open.get(seq.request)
+            if entry is None:
+                continue
+            answer = entry.answers[seq.index]
+            self._take_new_tokens(answer)
+            self._finish_answer(entry, answer)
+            self._finish_request(entry)
+        for seq in completed.failed:
+            self._fail(seq.request, completed.failure(seq))
+        return completed.num_new_tokens
+
+    def _end_sequence(
+        self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None
+    ) -> None:
+        row = seq.row
+        self._scheduler.finish(seq, reason)
+        seq.stop_reason = stop_reason
+        if row >= 0:
+            self._on_row_freed(row)
+
+    def _take_new_tokens(self, answer: _Answer) -> None:
+        """Run ids that are known but not seen through the detokenizer and the stop strings."""
+        token_ids = self._scheduler.output_tokens(answer.seq)
+        new = token_ids[answer.num_seen :]
+        answer.num_seen = len(token_ids)
+        if answer.detokenizer is None or not new:
+            return
+        seq = answer.seq
+        ends_with_stop_token = (
+            seq.finish_reason == "stop" and not seq.request.params.include_stop_str_in_output
+        )
+        if ends_with_stop_token:
+            new = new[:-1]
+        text = answer.detokenizer.push(new)
+        if answer.matcher is None:
+            answer.text += text
+        else:
+            safe, _ = answer.matcher.push(text)
+            answer.text += safe
+
+    def _finish_answer(self, entry: _Open, answer: _Answer) -> None:
+        """Flush what the detokenizer and the matcher held back, and make the answer's output."""
+        seq = answer.seq
+        matched = answer.matcher is not None and answer.matcher.matched is not None
+        if answer.detokenizer is not None and not matched:
+            tail = answer.detokenizer.flush()
+            if answer.matcher is None:
+                answer.text += tail
+            else:
+                safe, stop = answer.matcher.push(tail)
+                answer.text += safe
+                if stop is None:
+                    answer.text += answer.matcher.flush()
+                else:
+                    seq.finish_reason, seq.stop_reason = "stop", stop
+        token_ids = self._scheduler.output_tokens(seq)
+        logprobs = answer.logprobs
+        answer.output = CompletionOutput(
+            index=seq.index,
+            text=answer.text,
+            token_ids=list(token_ids),
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+            logprobs=logprobs,
+            cumulative_logprob=None
+            if logprobs is None
+            else sum(
+                at[token_id].logprob for at, token_id in zip(logprobs, token_ids, strict=False)
+            ),
+        )
+        if entry.is_streamed:
+            self._emit(entry, answer)
+
+    def _emit(self, entry: _Open, answer: _Answer) -> None:
+        """Queue a delta with what is new; nothing when nothing is, except at the end."""
+        token_ids = self._scheduler.output_tokens(answer.seq)
+        text = answer.text[answer.num_sent_chars :]
+        new_ids = token_ids[answer.num_sent_tokens :]
+        is_last = answer.output is not None
+        if not text and not new_ids and not is_last:
+            return
+        logprobs = None
+        if answer.logprobs is not None:
+            logprobs = answer.logprobs[answer.num_sent_logprobs :]
+            answer.num_sent_logprobs = len(answer.logprobs)
+        answer.num_sent_chars = len(answer.text)
+        answer.num_sent_tokens = len(token_ids)
+        entry.deltas.append(
+            Delta(
+                index=answer.seq.index,
+                text=text,
+                token_ids=list(new_ids),
+                finish_reason=answer.seq.finish_reason if is_last else None,
+                stop_reason=answer.seq.stop_reason if is_last else None,
+                logprobs=logprobs,
+            )
+        )
+
+    def _finish_request(self, entry: _Open) -> None:
+        """Answer the handle once every answer of the request has ended."""
+        request = entry.request
+        outputs = [answer.output for answer in entry.answers]
+        if any(output is None for output in outputs):
+            self.publish_if_touched(entry)
+            return
+        answers = [output for output in outputs if output is not None]
+        request.metrics.finished_s = time.monotonic()
+        usage = Usage(
+            prompt_tokens=request.num_prompt_tokens,
+            completion_tokens=sum(len(output.token_ids) for output in answers),
+            cached_tokens=request.sequences[0].num_cached_tokens,
+        )
+        if entry.is_streamed and entry.deltas:
+            entry.deltas[-1].usage = usage
+            entry.deltas[-1].metrics = request.metrics
+        result = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=answers,
+            usage=usage,
+            metrics=request.metrics,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        del self._open[request]
+        self._touched.pop(request, None)
+        self._counters.requests_finished += 1
+        self._wakeups += entry.handle.publish(deltas=entry.deltas, output=result)
+
+    # ---------------------------------------------------------------- log probabilities
+
+    def _take_prompt_logprobs(self, batch: ScheduledBatch, output: StepOutput) -> None:
+        if not output.prompt_logprobs:
+            return
+        for seq, row in self._scheduler.sequences_with_rows(batch):
+            arrays = output.prompt_logprobs.get(row)
+            request = seq.request
+            # n answers share one prompt: the first one brings its log probabilities.
+            if arrays is None or seq.index != 0 or request.params.prompt_logprobs is None:
+                continue
+            if request.prompt_logprobs is None:
+                request.prompt_logprobs = [None]
+            already = len(request.prompt_logprobs)
+            # Recomputed after a preemption: what is there already is not added again.
+            first = int(batch.num_computed_tokens[list(batch.rows).index(row)]) + 1
+            for index in range(max(0, already - first), len(arrays.ranks)):
+                request.prompt_logprobs.append(self._logprobs_at(arrays, index))
+
+    def _logprobs_at(self, arrays: TokenLogprobArrays, index: int) -> TokenLogprobs:
+        """One position: its own token first, then the likeliest ones in order."""
+        found: TokenLogprobs = {}
+        ids = arrays.token_ids[index].tolist()
+        values = arrays.logprobs[index].tolist()
+        for place, (token_id, value) in enumerate(zip(ids, values, strict=True)):
+            rank = int(arrays.ranks[index]) if place == 0 else place
+            if token_id not in found:
+                text = "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
+                found[token_id] = Logprob(value, rank, text)
+        return found

@@ -1,0 +1,517 @@
+"""`Engine`: the public face of one loaded model.
+
+One engine is one model on one device with one thread that runs its steps. Any thread and any event
+loop may use it. Rendering, encoding and checking happen in the caller's thread; everything after
+`submit` happens in the engine's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+
+from engine.build import EngineParts, build_parts, device_context
+from engine.config import EngineConfig, ResolvedConfig
+from engine.core.output import OutputProcessor
+from engine.core.request import Request
+from engine.errors import RequestError
+from engine.handle import RequestHandle
+from engine.loop import EngineLoop
+from engine.outputs import Delta, RequestOutput
+from engine.progress import wait_for_all
+from engine.prompts import Prompt, RequestFactory, is_one_prompt, params_per_prompt
+from engine.runner.threads import default_num_threads, set_own_num_threads
+from engine.sampling_params import SamplingParams
+from engine.shared import SharedEngines
+from engine.stats import Counters, EngineStats
+from engine.text.chat_template import ChatTemplate
+from engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[dict[str, Any]]
+
+_shared_engines = SharedEngines()
+
+
+class Engine:
+    """A loaded model that batches every request made of it, from whatever thread or event loop.
+
+    Loading happens in the constructor and blocks. Use it as a context manager, or `close` it.
+
+    Args:
+        model: Folder, `.gguf` file, "smollm2-135m" or hub id; see `EngineConfig.model`.
+        config: Ready-made options, instead of keywords.
+        **options: Fields of `EngineConfig`.
+
+    Raises:
+        ConfigError: Unknown or impossible options.
+        ModelNotFoundError: The name leads nowhere.
+        UnsupportedModelError: Architecture or checkpoint cannot be run.
+        CapacityError: The model does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        **options: Any,
+    ) -> None:
+        started_s = time.monotonic()
+        if config is None:
+            if model is not None:
+                options["model"] = model
+            config = EngineConfig.from_kwargs(**options)
+        elif model is not None or options:
+            msg = "Give either config=… or a model name with options, not both."
+            raise TypeError(msg)
+        self.config = config
+        parts = build_parts(config)
+        self._parts: EngineParts | None = parts
+        self._resolved = parts.resolved
+        self._tokenizer = parts.tokenizer
+        self._chat_template = parts.chat_template
+        self._vocab_size = parts.model.config.vocab_size
+        self._weight_bytes = parts.model.weight_bytes
+        self._kv_cache_bytes = (
+            parts.model.kv_bytes_per_token
+            * parts.resolved.block_size
+            * parts.resolved.num_kv_blocks
+        )
+        self._counters = Counters()
+        self._scheduler = parts.scheduler
+        self._factory = RequestFactory(
+            parts.scheduler,
+            parts.tokenizer,
+            self._vocab_size,
+            parts.files.eos_token_ids,
+            config.seed,
+        )
+        outputs = OutputProcessor(
+            parts.scheduler, parts.tokenizer, self._counters, parts.runner.free_row
+        )
+        self._loop = EngineLoop(
+            name=config.model,
+            scheduler=parts.scheduler,
+            runner=parts.runner,
+            outputs=outputs,
+            counters=self._counters,
+            max_steps_in_flight=parts.resolved.max_steps_in_flight,
+        )
+        self._loop.start(_thread_setup(parts, config))
+        # Runs when the engine is collected, and at interpreter exit if it still is alive.
+        self._finalizer = weakref.finalize(self, _shut_down, self._loop, parts)
+        self._close_lock = threading.Lock()
+        self._release_shared: Callable[[], bool] | None = None
+        self._start_s = time.monotonic() - started_s
+        logger.info(
+            "Engine %s ready in %.1f s: %s, %s, %d KV blocks of %d tokens",
+            config.model,
+            self._start_s,
+            parts.resolved.device,
+            parts.resolved.dtype,
+            parts.resolved.num_kv_blocks,
+            parts.resolved.block_size,
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else str(self._resolved.device)
+        return f"<Engine {self.config.model!r} {state}>"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # After an error nobody waits for the rest.
+        self.close(drain=exc_type is None)
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def model_name(self) -> str:
+        """The name it was loaded by."""
+        return self.config.model
+
+    @property
+    def resolved_config(self) -> ResolvedConfig:
+        """What the options came to on this machine."""
+        return self._resolved
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together that one request may have."""
+        return self._resolved.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model: 0 to `vocab_size` - 1."""
+        return self._vocab_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True where `chat` works without passing a template."""
+        return self._chat_template is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            RequestError: The model has none.
+        """
+        return self._need_tokenizer()
+
+    @property
+    def is_closed(self) -> bool:
+        """True once no more requests are accepted."""
+        return not self._loop.is_alive
+
+    def stats(self) -> EngineStats:
+        """Counts and rates up to now. Any thread; costs microseconds."""
+        counters, scheduler = self._counters, self._scheduler
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            peak_running=scheduler.peak_running,
+            kv_blocks_used=scheduler.num_blocks_used,
+            kv_blocks_total=scheduler.num_blocks_total,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            requests_finished=counters.requests_finished,
+            requests_failed=counters.requests_failed,
+            requests_aborted=counters.requests_aborted,
+            prompt_tokens=counters.prompt_tokens,
+            output_tokens=counters.output_tokens,
+            preemptions=scheduler.num_preemptions,
+            steps=counters.steps,
+            tokens_per_s=counters.tokens_per_s(),
+            host_ms_per_step=1e3 * counters.host_s / max(counters.steps, 1),
+            weight_bytes=self._weight_bytes,
+            kv_cache_bytes=self._kv_cache_bytes,
+            start_s=self._start_s,
+        )
+
+    # ---------------------------------------------------------------- text
+
+    def tokenize(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: Any string without lone surrogates.
+            add_special_tokens: Add what the model expects around a text, such as BOS.
+            parse_special: Read control tokens written in `text` as such, not as text.
+        """
+        return self._need_tokenizer().encode(
+            text, add_special_tokens=add_special_tokens, parse_special=parse_special
+        )
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._need_tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """Token ids of a conversation, as the model was trained to see it; exactly one BOS.
+
+        Args:
+            messages: Dicts with "role" and "content".
+            tools: JSON descriptions of tools, for templates that know them.
+            add_generation_prompt: End with the opening of the assistant's turn.
+            continue_final_message: Leave the last message open, to be continued.
+            chat_template: Jinja source to use instead of the model's.
+            **template_kwargs: Further variables of the template.
+
+        Raises:
+            RequestError: Messages are malformed, or the template refuses them or is missing.
+        """
+        return self._template(chat_template).encode(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            msg = f"{self.config.model!r} has no tokenizer; prompts and outputs are token ids."
+            raise RequestError(msg)
+        return self._tokenizer
+
+    def _template(self, source: str | None) -> ChatTemplate:
+        if source is not None:
+            return ChatTemplate(source, self._need_tokenizer())
+        if self._chat_template is None:
+            msg = (
+                f"{self.config.model!r} has no chat template. Pass chat_template=…, or use "
+                "generate with a plain prompt."
+            )
+            raise RequestError(msg)
+        return self._chat_template
+
+    # ---------------------------------------------------------------- requests
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        parse_special: bool = False,
+    ) -> RequestHandle:
+        """Start one request and return at once. Any thread.
+
+        Args:
+            prompt: Text or token ids.
+            params: Default `SamplingParams()`.
+            request_id: For logs and outputs; made up if missing.
+            priority: Smaller runs sooner.
+            cache_salt: Prefix-cache blocks are shared only between requests with equal salts.
+            parse_special: Read control tokens written in `prompt` as such. Off, because text of
+                unknown origin must not be able to end its own turn.
+
+        Raises:
+            RequestError: Prompt or options are malformed.
+            ContextOverflowError: Prompt and answer exceed `max_model_len`.
+            CapacityError: They exceed the KV cache.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine ended with an error.
+        """
+        request = self._factory.make(
+            prompt,
+            SamplingParams() if params is None else params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            parse_special=parse_special,
+        )
+        return self._hand_over([request])[0]
+
+    def submit_many(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        parse_special: bool = False,
+    ) -> list[RequestHandle]:
+        """Start several requests in one hand-over: the next step sees all of them.
+
+        All or none: if one prompt is bad, none is started.
+
+        Raises:
+            RequestError: As `submit`, naming the prompt's place in the list.
+        """
+        requests = []
+        for index, (prompt, one) in enumerate(
+            zip(prompts, params_per_prompt(params, len(prompts)), strict=True)
+        ):
+            try:
+                requests.append(
+                    self._factory.make(
+                        prompt,
+                        one,
+                        request_id=None,
+                        priority=priority,
+                        cache_salt=cache_salt,
+                        parse_special=parse_special,
+                    )
+                )
+            except RequestError as error:
+                error.add_note(f"This was prompt {index} of {len(prompts)}.")
+                raise
+        return self._hand_over(requests)
+
+    def _hand_over(self, requests: list[Request]) -> list[RequestHandle]:
+        handles = [
+            # A handle keeps its engine alive: `Engine(…).submit(…).result()` works.
+            RequestHandle(request, self._abort, self._start_stream)
+            for request in requests
+        ]
+        if requests:
+            self._loop.post_submit(list(zip(requests, handles, strict=True)))
+        return handles
+
+    def _abort(self, request: Request) -> None:
+        self._loop.post_abort(request)
+
+    def _start_stream(self, request: Request) -> None:
+        self._loop.post_stream(request)
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+        **submit_options: Any,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        **submit_options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        **submit_options: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answers to one prompt or to a list of them, in order; blocks until all are there.
+
+        Args:
+            prompts: A string, a list of token ids, or a list of either.
+            params: For all prompts, or one for each.
+            use_tqdm: Show a progress bar with tokens per second.
+            **submit_options: As in `submit_many`.
+
+        Raises:
+            RequestError: As `submit`.
+            EngineError: What ended a request instead of an output; the others are aborted, as
+                they are on `KeyboardInterrupt`. The engine goes on.
+        """
+        if is_one_prompt(prompts):
+            return self._generate_all([prompts], params, use_tqdm, submit_options)[0]
+        return self._generate_all(list(prompts), params, use_tqdm, submit_options)
+
+    def _generate_all(
+        self, prompts: list[Any], params: Any, use_tqdm: bool, submit_options: dict[str, Any]
+    ) -> list[RequestOutput]:
+        return wait_for_all(self.submit_many(prompts, params, **submit_options), use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **template_options: Any,
+    ) -> Any:
+        """The assistant's answer to one conversation, or to each of a list of them.
+
+        Args:
+            messages: A list of message dicts, or a list of such lists.
+            params: For all conversations, or one for each.
+            use_tqdm: Show a progress bar.
+            priority: As in `submit`.
+            cache_salt: As in `submit`.
+            **template_options: As in `apply_chat_template`.
+
+        Returns:
+            A `RequestOutput`, or a list of them for a list of conversations.
+        """
+        is_single = len(messages) == 0 or not isinstance(messages[0], list | tuple)
+        conversations: Any = [messages] if is_single else messages
+        prompts = [self.apply_chat_template(one, **template_options) for one in conversations]
+        outputs = self._generate_all(
+            prompts, params, use_tqdm, {"priority": priority, "cache_salt": cache_salt}
+        )
+        return outputs[0] if is_single else outputs
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **submit_options: Any
+    ) -> Iterator[Delta]:
+        """Deltas of one request as they come; leaving the loop early aborts it."""
+        return iter(self.submit(prompt, params, **submit_options))
+
+    # ---------------------------------------------------------------- life
+
+    @classmethod
+    def shared(cls, model: str, **options: Any) -> Engine:
+        """The process-wide engine of `model`: loaded at the first call, the same object after it.
+
+        Every call takes a reference that one `close` gives back; the last one closes the engine.
+        Two threads asking at once load once.
+
+        Raises:
+            ConfigError: The model is loaded with other options; the message names them.
+        """
+        config = EngineConfig.from_kwargs(model=model, **options)
+        return _shared_engines.acquire(config, lambda: cls(config=config), _mark_shared)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Stop accepting requests and give everything back. Idempotent.
+
+        For a shared engine this gives back one reference; the last one really closes.
+
+        Args:
+            drain: Finish the requests that were submitted. Otherwise they end with
+                `EngineClosedError`.
+            timeout: Seconds to wait for that; after them the rest ends with `EngineClosedError`.
+        """
+        with self._close_lock:
+            if self._release_shared is not None and not self._release_shared():
+                return
+            stopped = self._loop.stop(drain=drain, timeout=timeout)
+            if self._finalizer.detach() is not None and stopped and self._parts is not None:
+                _free(self._parts)
+            self._parts = None
+
+
+def _mark_shared(engine: Engine, release: Callable[[], bool]) -> None:
+    engine._release_shared = release
+
+
+def _thread_setup(parts: EngineParts, config: EngineConfig) -> Callable[[Callable[[], None]], None]:
+    """What the engine thread sets for itself alone before it runs the loop."""
+    device, stream = parts.resolved.device, parts.stream
+
+    def run_inside(body: Callable[[], None]) -> None:
+        if device.type == "cpu":
+            set_own_num_threads(config.num_threads or default_num_threads())
+        with device_context(device, stream), torch.inference_mode():
+            body()
+
+    return run_inside
+
+
+def _shut_down(loop: EngineLoop, parts: EngineParts) -> None:
+    if loop.stop(drain=False, timeout=10.0):
+        _free(parts)
+
+
+def _free(parts: EngineParts) -> None:
+    """Drop weights, KV cache and graphs, and give the GPU's memory back to the driver."""
+    parts.runner.close()
+    parts.model.close()
+    if parts.resolved.device.type == "cuda":
+        with torch.cuda.device(parts.resolved.device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()

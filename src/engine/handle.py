@@ -1,0 +1,319 @@
+"""`RequestHandle`: one object to wait for, stream, await or abort one request.
+
+The engine thread writes into the handle (`publish`); any number of threads and event loops read
+from it. A handle belongs to no event loop: each `await` and each `async for` binds to the loop it
+runs in, for as long as it runs.
+
+    engine thread                      readers
+    publish(deltas | output | error)   result()      waits on the condition
+      ├ appends to the delta log       for delta     own cursor into the log
+      ├ notifies the condition         await         future in the reader's loop
+      └ returns the loops to wake      async for     own cursor, future in the reader's loop
+
+Deltas are kept in one append-only log. Every iterator has a cursor of its own and takes all that
+is new at once, so a slow reader gets fewer, larger deltas and never holds up the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import RequestTimeoutError
+from engine.outputs import Delta, RequestOutput
+
+if TYPE_CHECKING:
+    from engine.core.request import Request
+
+_Loop = asyncio.AbstractEventLoop
+
+
+class RequestHandle:
+    """The caller's end of one request. Made by `Engine.submit`, never by hand.
+
+    Every request ends in exactly one of: a `RequestOutput` whose answers have a `finish_reason`,
+    or a typed error, which then every reader gets.
+
+    A request is aborted, and its KV blocks come back within a step, when `abort` is called, when
+    `result(timeout=…)` runs out of time, when an awaiting task is cancelled, or when a stream is
+    left early; the latter two only if nobody else is reading this handle at that moment.
+    """
+
+    __slots__ = (
+        "_condition",
+        "_deltas",
+        "_error",
+        "_futures",
+        "_is_streamed",
+        "_num_readers",
+        "_on_abort",
+        "_on_stream",
+        "_output",
+        "request_id",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        on_abort: Callable[[Request], None],
+        on_stream: Callable[[Request], None],
+    ) -> None:
+        self.request_id = request.request_id
+        self._on_abort = lambda: on_abort(request)
+        self._on_stream = lambda: on_stream(request)
+        self._condition = threading.Condition()
+        self._deltas: list[Delta] = []
+        self._output: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self._futures: list[tuple[_Loop, asyncio.Future[None]]] = []
+        self._is_streamed = False
+        self._num_readers = 0
+
+    def __repr__(self) -> str:
+        state = "running"
+        if self._error is not None:
+            state = f"failed: {self._error!r}"
+        elif self._output is not None:
+            state = "finished"
+        return f"<RequestHandle {self.request_id} {state}>"
+
+    @property
+    def is_done(self) -> bool:
+        """True once the output or the error is there."""
+        return self._output is not None or self._error is not None
+
+    # ---------------------------------------------------------------- whole results
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Wait for the whole output.
+
+        Args:
+            timeout: Seconds to wait at most; None waits for as long as it takes.
+
+        Raises:
+            RequestTimeoutError: `timeout` passed; the request is aborted.
+            EngineError: What ended the request instead of an output.
+        """
+        with self._condition:
+            self._num_readers += 1
+            try:
+                in_time = self._condition.wait_for(lambda: self.is_done, timeout)
+            finally:
+                self._num_readers -= 1
+        if not in_time:
+            self.abort()
+            msg = (
+                f"Request {self.request_id} was not finished after {timeout} s and was aborted. "
+                "Allow more time or ask for fewer tokens."
+            )
+            raise RequestTimeoutError(msg)
+        return self._take_result()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the request has ended, at most `timeout` seconds; never aborts it.
+
+        Returns:
+            True once it has ended.
+        """
+        with self._condition:
+            return self._condition.wait_for(lambda: self.is_done, timeout)
+
+    def __await__(self) -> Generator[Any, None, RequestOutput]:
+        return self._wait_async().__await__()
+
+    async def _wait_async(self) -> RequestOutput:
+        with self._condition:
+            self._num_readers += 1
+        try:
+            while not self.is_done:
+                await self._next_event(lambda: self.is_done)
+        finally:
+            self._release_reader()
+        return self._take_result()
+
+    def _take_result(self) -> RequestOutput:
+        if self._error is not None:
+            raise self._error
+        assert self._output is not None, "a finished request has an output or an error"
+        return self._output
+
+    # ---------------------------------------------------------------- streams
+
+    def __iter__(self) -> Iterator[Delta]:
+        self._start_stream()
+        cursor = 0
+        try:
+            while True:
+                with self._condition:
+                    self._condition.wait_for(
+                        lambda seen=cursor: self.is_done or len(self._deltas) > seen
+                    )
+                new, cursor = self._deltas_since(cursor)
+                yield from new
+                if not new and self.is_done:
+                    self._raise_error()
+                    return
+        finally:
+            self._release_reader()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        self._start_stream()
+        cursor = 0
+        try:
+            while True:
+                new, cursor = self._deltas_since(cursor)
+                for delta in new:
+                    yield delta
+                if new:
+                    continue
+                if self.is_done:
+                    self._raise_error()
+                    return
+                await self._next_event(lambda seen=cursor: self.is_done or len(self._deltas) > seen)
+        finally:
+            self._release_reader()
+
+    def _start_stream(self) -> None:
+        with self._condition:
+            self._num_readers += 1
+            is_first = not self._is_streamed
+            self._is_streamed = True
+            if is_first and self._output is not None:
+                self._deltas.extend(_deltas_of(self._output))
+                return
+        if is_first and not self.is_done:
+            self._on_stream()
+
+    def _deltas_since(self, cursor: int) -> tuple[list[Delta], int]:
+        """New deltas, those of one answer merged into one, and the new cursor."""
+        with self._condition:
+            new = self._deltas[cursor:]
+            return _merge(new), cursor + len(new)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # ---------------------------------------------------------------- abort
+
+    def abort(self) -> None:
+        """Give up on the request. Idempotent; callable from any thread.
+
+        Readers get what was generated so far, with `finish_reason` "abort".
+        """
+        if not self.is_done:
+            self._on_abort()
+
+    def _release_reader(self) -> None:
+        with self._condition:
+            self._num_readers -= 1
+            is_abandoned = self._num_readers == 0 and not self.is_done
+        if is_abandoned:
+            self.abort()
+
+    # ---------------------------------------------------------------- the engine thread's side
+
+    def publish(
+        self,
+        deltas: list[Delta] | None = None,
+        output: RequestOutput | None = None,
+        error: BaseException | None = None,
+    ) -> list[tuple[_Loop, asyncio.Future[None]]]:
+        """Hand over what is new. Called by the engine thread only.
+
+        Args:
+            deltas: New pieces; ignored unless somebody streams.
+            output: The whole output; ends the request.
+            error: Ends the request instead.
+
+        Returns:
+            Futures to complete, each in its own event loop (see `wake_loops`).
+        """
+        with self._condition:
+            if self.is_done:
+                return []
+            if deltas and self._is_streamed:
+                self._deltas.extend(deltas)
+            if output is not None and self._is_streamed and not deltas and not self._deltas:
+                self._deltas.extend(_deltas_of(output))
+            self._output = output
+            self._error = error
+            self._condition.notify_all()
+            futures, self._futures = self._futures, []
+        return futures
+
+    async def _next_event(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until the engine publishes something, unless `is_ready` says it has already."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self._condition:
+            if is_ready():
+                return
+            self._futures.append((loop, future))
+        await future
+
+
+def wake_loops(futures: list[tuple[_Loop, asyncio.Future[None]]]) -> None:
+    """Complete futures with one wake-up per event loop, however many requests wait in it."""
+    by_loop: dict[_Loop, list[asyncio.Future[None]]] = {}
+    for loop, future in futures:
+        by_loop.setdefault(loop, []).append(future)
+    for loop, waiting in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_complete, waiting)
+        except RuntimeError:
+            # The loop was closed while its task waited: nobody is left to tell.
+            continue
+
+
+def _complete(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+def _merge(deltas: list[Delta]) -> list[Delta]:
+    """One delta per answer, in the order in which the answers first appear."""
+    if len(deltas) < 2:
+        return list(deltas)
+    merged: dict[int, Delta] = {}
+    for delta in deltas:
+        so_far = merged.get(delta.index)
+        if so_far is None:
+            merged[delta.index] = delta
+            continue
+        logprobs = so_far.logprobs
+        if delta.logprobs is not None:
+            logprobs = [*(logprobs or []), *delta.logprobs]
+        merged[delta.index] = Delta(
+            index=delta.index,
+            text=so_far.text + delta.text,
+            token_ids=[*so_far.token_ids, *delta.token_ids],
+            finish_reason=delta.finish_reason or so_far.finish_reason,
+            stop_reason=delta.stop_reason if delta.finish_reason else so_far.stop_reason,
+            logprobs=logprobs,
+            usage=delta.usage or so_far.usage,
+            metrics=delta.metrics or so_far.metrics,
+        )
+    # The request's last delta carries the usage and must stay last.
+    return sorted(merged.values(), key=lambda delta: delta.usage is not None)
+
+
+def _deltas_of(output: RequestOutput) -> list[Delta]:
+    """A finished request as a stream: one delta per answer."""
+    deltas = [
+        Delta(
+            index=answer.index,
+            text=answer.text,
+            token_ids=list(answer.token_ids),
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+            logprobs=answer.logprobs,
+        )
+        for answer in output.outputs
+    ]
+    deltas[-1].usage = output.usage
+    deltas[-1].metrics = output.metrics
+    return deltas

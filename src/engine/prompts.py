@@ -1,0 +1,224 @@
+"""From what a caller submits to a checked `Request`. Runs in the caller's thread."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.core.request import Request
+from engine.core.request import Sequence as TokenSequence
+from engine.core.scheduler import Scheduler
+from engine.errors import RequestError
+from engine.outputs import RequestMetrics
+from engine.sampling_params import SamplingParams
+from engine.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_request_numbers = itertools.count()
+
+
+class RequestFactory:
+    """Checks prompts and options and makes requests of them. Thread-safe: it only reads.
+
+    Args:
+        scheduler: Knows what fits (`check_fits` may be called from any thread).
+        tokenizer: None where the model has none; prompts are then token ids.
+        vocab_size: Ids of the model.
+        eos_token_ids: Ids that end an answer.
+        base_seed: Base of the seeds of requests without one; None takes them from the system.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        base_seed: int | None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._base_seed = base_seed
+        self._seed_numbers = itertools.count()
+
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str | None,
+        parse_special: bool,
+    ) -> Request:
+        """A request ready to be scheduled.
+
+        Raises:
+            RequestError: Prompt or options are malformed.
+            ContextOverflowError: Prompt and answer exceed the context.
+            CapacityError: They exceed the KV cache.
+        """
+        arrival_s = time.monotonic()
+        if not isinstance(params, SamplingParams):
+            msg = f"params must be a SamplingParams, got {type(params).__name__}."
+            raise RequestError(msg)
+        _check_plain("priority", priority, int)
+        if cache_salt is not None:
+            _check_plain("cache_salt", cache_salt, str)
+        token_ids = self._token_ids(prompt, parse_special)
+        self._check_params(params)
+        max_total_tokens = self._scheduler.check_fits(len(token_ids), params.max_tokens)
+        eos_token_ids = () if params.ignore_eos else self._eos_token_ids
+        request = Request(
+            request_id=request_id or f"request-{next(_request_numbers)}",
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            params=params,
+            stop_token_ids=frozenset(eos_token_ids) | frozenset(params.stop_token_ids or ()),
+            max_total_tokens=max_total_tokens,
+            seed=self._seed(params),
+            priority=priority,
+            cache_salt=cache_salt,
+            bad_words_ids=self._bad_words_ids(params),
+            metrics=RequestMetrics(arrival_s=arrival_s),
+        )
+        needs_host_sync = any(len(ids) > 1 for ids in request.bad_words_ids)
+        request.sequences = [
+            TokenSequence(request, index, needs_host_sync=needs_host_sync)
+            for index in range(params.n)
+        ]
+        return request
+
+    def _token_ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                msg = "The prompt is empty. Give at least one character or token id."
+                raise RequestError(msg)
+            if self._tokenizer is None:
+                msg = "This model has no tokenizer. Submit the prompt as a list of token ids."
+                raise RequestError(msg)
+            return self._tokenizer.encode(prompt, parse_special=parse_special)
+        return check_token_ids(prompt, self._vocab_size)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        named = [("stop_token_ids", token_id) for token_id in params.stop_token_ids or ()]
+        named += [("logit_bias", token_id) for token_id in params.logit_bias or ()]
+        for name, token_id in named:
+            if token_id >= self._vocab_size:
+                msg = f"{name} has token id {token_id}; the model has ids 0 to {self._vocab_size - 1}."
+                raise RequestError(msg)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count > self._vocab_size:
+                msg = f"{name}={count} asks for more tokens than the {self._vocab_size} there are."
+                raise RequestError(msg)
+        if self._tokenizer is None and (params.stop or params.bad_words):
+            msg = (
+                "stop and bad_words are text, and this model has no tokenizer. "
+                "Use stop_token_ids or logit_bias."
+            )
+            raise RequestError(msg)
+
+    def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
+        """Each word as it is spelled at the start of a line and after a space."""
+        if not params.bad_words or self._tokenizer is None:
+            return []
+        found: list[list[int]] = []
+        for word in params.bad_words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = self._tokenizer.encode(text, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed & ((1 << 64) - 1)
+        if self._base_seed is None:
+            return secrets.randbits(64)
+        return (self._base_seed * 0x9E3779B1 + next(self._seed_numbers)) & ((1 << 64) - 1)
+
+
+def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
+    """`prompt` as a list of token ids, all of them in the vocabulary.
+
+    Raises:
+        RequestError: It is empty, no sequence of integers, or an id is out of range.
+    """
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence | np.ndarray):
+        msg = f"A prompt is a string or a list of token ids, got {type(prompt).__name__}."
+        raise RequestError(msg)
+    if len(prompt) == 0:
+        msg = "The prompt is empty. Give at least one character or token id."
+        raise RequestError(msg)
+    try:
+        array = np.asarray(prompt)
+    except (ValueError, OverflowError) as error:
+        msg = f"The prompt is no flat list of token ids: {error}."
+        raise RequestError(msg) from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        msg = f"The prompt must be a flat list of integer token ids, got {_shorten(prompt)}."
+        raise RequestError(msg)
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(outside):
+        place = int(outside[0])
+        msg = (
+            f"prompt[{place}]={int(array[place])} is no token id of this model, "
+            f"which has ids 0 to {vocab_size - 1}."
+        )
+        raise RequestError(msg)
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """True for a string or a flat list of ids, False for a list of prompts."""
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    return (
+        isinstance(prompts, Sequence)
+        and len(prompts) > 0
+        and not isinstance(prompts[0], str | Sequence | np.ndarray)
+    )
+
+
+def params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """One `SamplingParams` for each prompt.
+
+    Raises:
+        RequestError: A list of another length than the prompts.
+    """
+    if params is None:
+        return [SamplingParams()] * num_prompts
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if not isinstance(params, Sequence):
+        msg = f"params must be a SamplingParams or a list of them, got {type(params).__name__}."
+        raise RequestError(msg)
+    if len(params) != num_prompts:
+        msg = f"{len(params)} SamplingParams were given for {num_prompts} prompts. Give one, or as many."
+        raise RequestError(msg)
+    return list(params)
+
+
+def _check_plain(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected) or isinstance(value, bool):
+        msg = f"{name}={value!r} must be of type {expected.__name__}."
+        raise RequestError(msg)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

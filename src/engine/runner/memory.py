@@ -1,0 +1,116 @@
+"""How much of the device the KV cache may have: profile one full step, give it the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import CapacityError
+
+_CPU_DEFAULT_LIMIT_BYTES = 1 << 30
+
+
+def describe_bytes(num_bytes: float) -> str:
+    """`1.50 GiB` for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def available_host_bytes() -> int:
+    """Memory that new allocations can get without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        # Not known on this platform: assume a small laptop.
+        return 4 << 30
+
+
+def check_weights_fit(weight_bytes: int, device: torch.device, config: EngineConfig) -> None:
+    """Refuse a model that cannot fit, before anything is loaded.
+
+    Raises:
+        CapacityError: With the numbers.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = min(free, int(total * config.gpu_memory_utilization))
+        what = f"{device} has {describe_bytes(free)} free of {describe_bytes(total)}"
+    else:
+        budget = available_host_bytes()
+        what = f"this machine has {describe_bytes(budget)} free"
+    if weight_bytes > budget:
+        msg = (
+            f"The weights of {config.model!r} need {describe_bytes(weight_bytes)}, but {what} "
+            f"(gpu_memory_utilization={config.gpu_memory_utilization}). Use a smaller model or "
+            "dtype, or free memory first."
+        )
+        raise CapacityError(msg)
+
+
+def num_kv_blocks(
+    config: EngineConfig,
+    device: torch.device,
+    block_bytes: int,
+    tokens_wanted: int,
+    block_size: int,
+    profile_step: Callable[[], Any],
+) -> int:
+    """Blocks the KV cache gets.
+
+    Args:
+        config: `num_kv_blocks` and `kv_cache_memory_bytes` win over everything else.
+        device: The model's device; the weights are on it already.
+        block_bytes: Bytes of one block over all layers.
+        tokens_wanted: `max_num_seqs` times the longest sequence; a CPU takes no more than that.
+        block_size: Tokens per block.
+        profile_step: Runs the largest possible step once, so that its peak can be measured.
+
+    Raises:
+        CapacityError: Not even two blocks fit.
+    """
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if config.kv_cache_memory_bytes is not None:
+        budget = config.kv_cache_memory_bytes
+    elif device.type == "cuda":
+        budget = _gpu_budget(config, device, profile_step)
+    else:
+        budget = min(_CPU_DEFAULT_LIMIT_BYTES, available_host_bytes() // 4)
+        # One block is reserved, hence + 1.
+        budget = min(budget, (-(-tokens_wanted // block_size) + 1) * block_bytes)
+    if budget < 2 * block_bytes:
+        msg = (
+            f"{describe_bytes(max(budget, 0))} are left for the KV cache, but its two smallest "
+            f"blocks need {describe_bytes(2 * block_bytes)}. Raise gpu_memory_utilization or "
+            "kv_cache_memory_bytes, or lower max_num_batched_tokens."
+        )
+        raise CapacityError(msg)
+    return budget // block_bytes
+
+
+def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callable[[], Any]) -> int:
+    """Share of the GPU minus what is in use by anybody and what the largest step adds to it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    profile_step()
+    torch.cuda.synchronize(device)
+    activation_bytes = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # Whatever runs beside us on this GPU is in `total - free` too and is left alone.
+    in_use = total - free
+    # Graphs, fragmentation and the libraries' workspaces come on top of the measured peak.
+    reserve_bytes = activation_bytes + activation_bytes // 8 + (512 << 20)
+    return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes

@@ -1,0 +1,409 @@
+"""`ModelRunner`: runs one `ScheduledBatch` on the device and hands back what it sampled.
+
+    execute(batch)
+      ├ settings of new rows      -> sampler tables
+      ├ pure decode on a GPU      -> one CUDA graph (step_graph.py)
+      └ anything else             -> eager: inputs (step_inputs.py), forward, logits, sample
+    PendingStep.wait() -> StepOutput
+
+`execute` only launches work where the device is a GPU; sampled ids stay there as the next step's
+input and are copied back asynchronously, so that step N+1 can be launched while N runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import ResolvedConfig
+from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+from engine.core.state import SequenceTable
+from engine.kernels.metadata import AttentionMetadata
+from engine.models.decoder import Decoder
+from engine.runner.sampler import Sampler
+from engine.runner.sampling_tables import banned_tokens
+from engine.runner.step_graph import DeviceState, StepGraphs, padded_batch_sizes
+from engine.runner.step_inputs import (
+    DeviceUploader,
+    StepInputs,
+    build_host_inputs,
+    to_cpu,
+    to_gpu,
+)
+
+_PROMPT_LOGITS_ROWS = 256
+"""Prompt positions whose logits are made at once for `prompt_logprobs`; bounds the memory."""
+
+
+class PendingStep:
+    """A launched step whose result may not be there yet.
+
+    Args:
+        token_ids: [R] int64 of the sampling sequences, on the host: pinned memory that the device
+            fills where `done` is given.
+        is_sampling: [B] bool.
+        done: Recorded after the last copy; None on a CPU.
+        logprobs: By row, for sampled tokens.
+        prompt_logprobs: By row, for prompt tokens.
+    """
+
+    __slots__ = ("_done", "_is_sampling", "_logprobs", "_prompt_logprobs", "_token_ids")
+
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        is_sampling: np.ndarray,
+        done: torch.cuda.Event | None,
+        logprobs: dict[int, _DeviceLogprobs],
+        prompt_logprobs: dict[int, _DeviceLogprobs],
+    ) -> None:
+        self._token_ids = token_ids
+        self._is_sampling = is_sampling
+        self._done = done
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not block."""
+        return self._done is None or bool(self._done.query())
+
+    def wait(self) -> StepOutput:
+        """The result, when the device has finished the step.
+
+        Raises:
+            RuntimeError: The device reported an error of this step (torch's own exception).
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        token_ids = np.full(len(self._is_sampling), -1, dtype=np.int64)
+        token_ids[self._is_sampling] = self._token_ids.numpy()
+        return StepOutput(
+            token_ids=token_ids,
+            logprobs={row: values.to_host() for row, values in self._logprobs.items()},
+            prompt_logprobs={
+                row: values.to_host() for row, values in self._prompt_logprobs.items()
+            },
+        )
+
+
+class _DeviceLogprobs:
+    """`TokenLogprobArrays` still on the device."""
+
+    __slots__ = ("_ids", "_logprobs", "_ranks")
+
+    def __init__(self, ids: torch.Tensor, logprobs: torch.Tensor, ranks: torch.Tensor) -> None:
+        self._ids = ids
+        self._logprobs = logprobs
+        self._ranks = ranks
+
+    def to_host(self) -> TokenLogprobArrays:
+        return TokenLogprobArrays(
+            token_ids=self._ids.cpu().numpy(),
+            logprobs=self._logprobs.cpu().numpy(),
+            ranks=self._ranks.cpu().numpy(),
+        )
+
+
+class ModelRunner:
+    """Owns the KV cache, the sampler and the device's copy of the sequence state.
+
+    Used by the engine thread alone.
+
+    Args:
+        model: With its weights loaded.
+        config: Sizes, device and dtype.
+        table: The scheduler's sequence state; read, never written.
+    """
+
+    def __init__(self, model: Decoder, config: ResolvedConfig, table: SequenceTable) -> None:
+        self._model = model
+        self._config = config
+        self._table = table
+        self._is_cuda = config.device.type == "cuda"
+        self.kv_caches = allocate_kv_caches(model, config)
+        self.sampler = Sampler(model.config.vocab_size, config.max_num_seqs, config.device)
+        # Whether the device's `last_token_ids` holds the sequence's newest token, by state index.
+        self._has_device_token = np.zeros(config.max_num_seqs, dtype=np.bool_)
+        self._uploader: DeviceUploader | None = None
+        self._state: DeviceState | None = None
+        self._graphs: StepGraphs | None = None
+        if self._is_cuda:
+            num_buffers = config.max_steps_in_flight + 1
+            self._uploader = DeviceUploader(config.device, 2 * num_buffers)
+            max_blocks = -(-config.max_model_len // config.block_size)
+            self._state = DeviceState(config.max_num_seqs, max_blocks, config.device)
+            if not config.requested.enforce_eager:
+                self._graphs = StepGraphs(self._state, config.block_size, config.max_model_len)
+            self._graph_sizes = padded_batch_sizes(config.max_num_seqs)
+            self._host_rings = [
+                torch.empty(config.max_num_seqs, dtype=torch.int64, pin_memory=True)
+                for _ in range(num_buffers)
+            ]
+            self._next_ring = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs captured so far."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def execute(self, batch: ScheduledBatch) -> PendingStep:
+        """Launch one step; on a CPU, run it.
+
+        Raises:
+            RuntimeError: torch's own exception; the sequences of `batch` must be ended.
+        """
+        self._load_new_rows(batch)
+        self._ban_bad_words(batch)
+        self.sampler.flush()
+        if self._state is not None and self._uploader is not None and batch.block_updates:
+            updates = self._uploader.upload(DeviceState.flatten_updates(batch.block_updates))
+            self._state.apply_updates(*updates)
+        if self._graphs is not None and self._is_pure_decode(batch):
+            return self._run_graph(batch, self._graphs)
+        return self._run_eager(batch)
+
+    def warm_up(self) -> None:
+        """Capture the graphs of greedy decoding, so that no request waits for them."""
+        if self._graphs is None:
+            return
+        variant = self.sampler.greedy_variant
+        # Largest first: the shared memory pool is then laid out once and only reused.
+        for size in reversed(self._graph_sizes):
+            self._graph_for(self._graphs, size, 1, variant)
+        torch.cuda.synchronize(self._config.device)
+
+    def free_row(self, row: int) -> None:
+        """The sequence in `row` ended: its settings no longer count."""
+        self.sampler.free_row(row)
+
+    def close(self) -> None:
+        """Drop every device tensor this object owns."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.kv_caches.clear()
+        self._state = None
+        self._uploader = None
+        self._graphs = None
+
+    # ---------------------------------------------------------------- settings of sequences
+
+    def _load_new_rows(self, batch: ScheduledBatch) -> None:
+        self._has_device_token[batch.new_rows] = False
+        for row in batch.new_rows:
+            seq = self._table.sequences[row]
+            if seq is None:
+                continue
+            request = seq.request
+            self.sampler.set_row(
+                row,
+                request.params,
+                seed=seq.seed,
+                prompt_token_ids=request.prompt_token_ids,
+                output_token_ids=self._table.output_tokens(row),
+                stop_token_ids=request.stop_token_ids,
+                bad_words_ids=request.bad_words_ids,
+            )
+
+    def _ban_bad_words(self, batch: ScheduledBatch) -> None:
+        for row in self._table.rows_needing_host_sync(batch.rows):
+            seq = self._table.sequences[row]
+            if seq is not None:
+                history = self._table.output_tokens(row)
+                self.sampler.update_banned(row, banned_tokens(seq.request.bad_words_ids, history))
+
+    # ---------------------------------------------------------------- eager steps
+
+    def _run_eager(self, batch: ScheduledBatch) -> PendingStep:
+        host = build_host_inputs(batch, self._table, self._config.block_size)
+        inputs = self._inputs_on_device(host)
+        hidden = self._model.forward(inputs.input_ids, self.kv_caches, inputs.metadata)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        if self._state is not None:
+            # The positions the next step starts from.
+            self._state.next_positions[inputs.rows] = inputs.metadata.seq_lens.long()
+        if not batch.is_sampling.any():
+            return self._pending(inputs.sampling_rows, batch, {}, prompt_logprobs)
+        logits = self._model.compute_logits(hidden.index_select(0, inputs.logits_indices))
+        variant = self.sampler.variant(host.sampling_rows)
+        token_ids = self.sampler.sample(
+            logits, inputs.sampling_rows, inputs.sampling_positions, variant
+        )
+        if self._state is not None:
+            self._state.last_token_ids[inputs.sampling_rows] = token_ids
+            self._has_device_token[host.sampling_rows] = True
+        logprobs = self._sampled_logprobs(host.sampling_rows, logits, token_ids)
+        return self._pending(token_ids, batch, logprobs, prompt_logprobs)
+
+    def _inputs_on_device(self, host: Any) -> StepInputs:
+        if self._uploader is None or self._state is None:
+            return to_cpu(host, self._config.block_size)
+        return to_gpu(host, self._uploader, self._state.last_token_ids)
+
+    # ---------------------------------------------------------------- graphed decode steps
+
+    def _is_pure_decode(self, batch: ScheduledBatch) -> bool:
+        """True where every input token was sampled by an earlier step and still is on the GPU."""
+        return bool(
+            batch.num_tokens == batch.num_seqs
+            and batch.is_sampling.all()
+            and not batch.needs_prompt_logprobs.any()
+            and self._has_device_token[batch.rows].all()
+        )
+
+    def _run_graph(self, batch: ScheduledBatch, graphs: StepGraphs) -> PendingStep:
+        assert self._state is not None
+        assert self._uploader is not None
+        num_seqs = batch.num_seqs
+        size = next(size for size in self._graph_sizes if size >= num_seqs)
+        max_seq_len = int(batch.num_computed_tokens.max()) + 1
+        variant = self.sampler.variant(batch.rows)
+        step = self._graph_for(graphs, size, max_seq_len, variant)
+        rows = np.full(size, self._state.padding_row, dtype=np.int64)
+        rows[:num_seqs] = batch.rows
+        step.rows.copy_(self._uploader.upload([rows])[0])
+        step.graph.replay()
+        token_ids = step.token_ids[:num_seqs]
+        logprobs = self._sampled_logprobs(batch.rows, step.logits, token_ids)
+        return self._pending(token_ids, batch, logprobs, {})
+
+    def _graph_for(self, graphs: StepGraphs, size: int, max_seq_len: int, variant: Any) -> Any:
+        def forward(input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+            hidden = self._model.forward(input_ids, self.kv_caches, metadata)
+            return self._model.compute_logits(hidden)
+
+        def sample(
+            logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+        ) -> torch.Tensor:
+            return self.sampler.sample(logits, rows, positions, variant)
+
+        return graphs.get(size, max_seq_len, variant, forward, sample)
+
+    # ---------------------------------------------------------------- results
+
+    def _pending(
+        self,
+        token_ids: torch.Tensor,
+        batch: ScheduledBatch,
+        logprobs: dict[int, _DeviceLogprobs],
+        prompt_logprobs: dict[int, _DeviceLogprobs],
+    ) -> PendingStep:
+        if not self._is_cuda:
+            return PendingStep(token_ids, batch.is_sampling, None, logprobs, prompt_logprobs)
+        ring = self._host_rings[self._next_ring]
+        self._next_ring = (self._next_ring + 1) % len(self._host_rings)
+        host = ring[: token_ids.shape[0]]
+        host.copy_(token_ids, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return PendingStep(host, batch.is_sampling, done, logprobs, prompt_logprobs)
+
+    def _sampled_logprobs(
+        self, rows: np.ndarray, logits: torch.Tensor, token_ids: torch.Tensor
+    ) -> dict[int, _DeviceLogprobs]:
+        """Log probabilities for those of `rows` [R] that asked; `logits` [>= R, V] is raw."""
+        found: dict[int, _DeviceLogprobs] = {}
+        for index in np.flatnonzero(self._table.wants_logprobs[rows]):
+            row = int(rows[index])
+            seq = self._table.sequences[row]
+            if seq is None or seq.request.params.logprobs is None:
+                continue
+            one = slice(int(index), int(index) + 1)
+            found[row] = _DeviceLogprobs(
+                *self.sampler.gather_logprobs(
+                    logits[one], token_ids[one], seq.request.params.logprobs
+                )
+            )
+        return found
+
+    def _prompt_logprobs(
+        self, batch: ScheduledBatch, hidden: torch.Tensor
+    ) -> dict[int, _DeviceLogprobs]:
+        """Log probabilities of prompt tokens 1… predicted by this step's prompt positions."""
+        found: dict[int, _DeviceLogprobs] = {}
+        starts = np.concatenate([[0], np.cumsum(batch.num_scheduled_tokens)])
+        for index in np.flatnonzero(batch.needs_prompt_logprobs):
+            row = int(batch.rows[index])
+            seq = self._table.sequences[row]
+            if seq is None or seq.request.params.prompt_logprobs is None:
+                continue
+            first = int(batch.num_computed_tokens[index])
+            last = min(
+                first + int(batch.num_scheduled_tokens[index]), seq.request.num_prompt_tokens - 1
+            )
+            if last <= first:
+                continue
+            targets = torch.tensor(
+                seq.request.prompt_token_ids[first + 1 : last + 1], device=hidden.device
+            )
+            mine = hidden[int(starts[index]) : int(starts[index]) + last - first]
+            parts = [
+                self.sampler.gather_logprobs(
+                    self._model.compute_logits(mine[start : start + _PROMPT_LOGITS_ROWS]),
+                    targets[start : start + _PROMPT_LOGITS_ROWS],
+                    seq.request.params.prompt_logprobs,
+                )
+                for start in range(0, last - first, _PROMPT_LOGITS_ROWS)
+            ]
+            found[row] = _DeviceLogprobs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return found
+
+
+def allocate_kv_caches(
+    model: Decoder, config: ResolvedConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V of each layer, [num_blocks, block_size, num_kv_heads, head_dim], not initialised.
+
+    Not initialised on purpose: on a CPU the system then gives memory block by block as it is
+    written, and attention never reads what was not written.
+    """
+    shape = model.kv_cache_shape(config.num_kv_blocks, config.block_size)
+    return [
+        (
+            torch.empty(shape, dtype=config.dtype, device=config.device),
+            torch.empty(shape, dtype=config.dtype, device=config.device),
+        )
+        for _ in range(model.config.num_layers)
+    ]
+
+
+def profile_step(model: Decoder, num_tokens: int, num_seqs: int, block_size: int) -> None:
+    """Run the largest step once on throw-away KV blocks, for its memory peak.
+
+    Args:
+        model: With weights on its device.
+        num_tokens: Token budget of a step.
+        num_seqs: Sequences that sample in it.
+        block_size: Tokens per block.
+    """
+    device, dtype = model.device, model.dtype
+    shape = model.kv_cache_shape(2, block_size)
+    kv_caches = [
+        (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+        for _ in range(model.config.num_layers)
+    ]
+    one = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    metadata = AttentionMetadata(
+        positions=torch.arange(num_tokens, device=device) % block_size,
+        slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
+        block_table=torch.ones((1, -(-num_tokens // block_size)), dtype=torch.int32, device=device),
+        seq_lens=one,
+        query_lens=one,
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        num_decodes=0,
+        max_query_len=num_tokens,
+        max_seq_len=num_tokens,
+        seq_lens_host=[num_tokens],
+        query_lens_host=[num_tokens],
+        block_table_host=[[1] * -(-num_tokens // block_size)],
+    )
+    input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    hidden = model.forward(input_ids, kv_caches, metadata)
+    logits = model.compute_logits(hidden[:num_seqs])
+    # What sampling adds: one float32 copy of the logits and its softmax.
+    torch.softmax(logits.float(), dim=-1)
