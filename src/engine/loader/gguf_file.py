@@ -174,7 +174,9 @@ class GGUFFile:
             # torch warns about memory it must not write to, hence the copy.
             return torch.from_numpy(encoded.copy()).view(plain)
         try:
-            return torch.from_numpy(gguf.quants.dequantize(encoded, info.ggml_type))
+            # Damaged scales decode to inf and nan; that must not become a warning or an error.
+            with np.errstate(all="ignore"):
+                return torch.from_numpy(gguf.quants.dequantize(encoded, info.ggml_type))
         except NotImplementedError as error:
             msg = (
                 f"{self.path}: tensor {info.name!r} has the type {info.ggml_type.name}, which "

@@ -232,7 +232,10 @@ def _only_gguf_file(folder: Path) -> Path:
             "base model first (peft: merge_and_unload, then save_pretrained)."
         )
     else:
-        msg = f"{folder} is no model folder: it has neither {CONFIG_FILE} nor a .gguf file."
+        msg = (
+            f"{folder} is no model folder: it has neither {CONFIG_FILE} nor a .gguf file. (One "
+            "GGUF file of a hub repository is named org/name:file.gguf.)"
+        )
     raise ModelNotFoundError(msg)
 
 

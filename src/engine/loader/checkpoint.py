@@ -1,0 +1,249 @@
+"""The weights of a model, by Hugging Face name, copied tensor by tensor into place.
+
+A model allocates its parameters once, merged and laid out as its kernels want them, and asks for
+each stored tensor to be copied into a view of them. So the weights are in memory once: beside
+them there are file pages, which the system may drop, and at most a megabyte being converted.
+"""
+
+from __future__ import annotations
+
+import abc
+import zlib
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import CheckpointError, UnsupportedModelError, nearest_name_hint
+from engine.loader.folder import INDEX_FILE, SINGLE_FILE, read_weight_map
+from engine.loader.gguf_names import hf_tensor_names, interleaved_view, num_interleaved_heads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from engine.loader.gguf_file import GGUFFile
+    from engine.loader.resolve import ModelFiles
+
+DUMMY_STD: Final = 0.02
+"""Of random weights: transformers' usual `initializer_range`, small enough not to overflow."""
+_FLOAT_TYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class Checkpoint(abc.ABC):
+    """Stored weights. Used by one thread at a time; a context manager that closes itself."""
+
+    @abc.abstractmethod
+    def names(self) -> Mapping[str, tuple[int, ...]] | None:
+        """Hugging Face name -> shape of every tensor; None if any name of any shape is there."""
+
+    @abc.abstractmethod
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Copy a tensor into `out`, converted to its dtype and device.
+
+        Args:
+            name: Hugging Face name.
+            out: Written in place, outside autograd. Floating dtype, any device; may be a view,
+                such as some rows of a merged weight. Has the tensor's shape.
+
+        Raises:
+            CheckpointError: There is no such tensor, it has another shape, or its file was closed.
+            UnsupportedModelError: It is stored in an encoding that is not loaded.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of what was opened here. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(files: ModelFiles, *, load_format: str = "auto", seed: int = 0) -> Checkpoint:
+    """The weights of a resolved model.
+
+    Args:
+        files: From `resolve_model`. Stays open: closing the checkpoint does not close `files.gguf`.
+        load_format: "auto" reads the files, "dummy" gives seeded random weights.
+        seed: Of the dummy weights.
+
+    Raises:
+        CheckpointError: A file is damaged, or the files contradict each other.
+        UnsupportedModelError: A GGUF file has tensors without a known meaning.
+    """
+    if load_format == "dummy":
+        return DummyCheckpoint(seed)
+    if files.gguf is not None:
+        return GGUFCheckpoint(files.gguf, files.config)
+    return SafetensorsCheckpoint(files.weight_files)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Weights in one or several safetensors files, memory-mapped.
+
+    Args:
+        paths: The files. Where they are the shards of an index in their folder, the index decides
+            which shard a tensor is read from.
+
+    Raises:
+        CheckpointError: A file is damaged, a tensor is missing, or is in two files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._handles: dict[str, Any] = {path.name: _open_safetensors(path) for path in paths}
+        self._paths = {path.name: path for path in paths}
+        self._files = self._tensor_files(paths[0].parent / INDEX_FILE)
+        self._shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(self._handles[file].get_slice(name).get_shape())
+            for name, file in self._files.items()
+        }
+
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every tensor."""
+        return self._shapes
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Copy a tensor into `out`; see `Checkpoint.read_into`."""
+        file = self._files.get(name)
+        if file is None:
+            _no_tensor(name, self._shapes, next(iter(self._paths.values())).parent)
+        path = self._paths[file]
+        _check_shape(name, self._shapes[name], out, path)
+        handle = self._handles.get(file)
+        if handle is None:
+            msg = f"{path} was closed; tensor {name!r} cannot be read any more."
+            raise CheckpointError(msg)
+        stored_type = handle.get_slice(name).get_dtype()
+        if stored_type not in _FLOAT_TYPES:
+            msg = (
+                f"{path}: tensor {name!r} is stored as {stored_type}; quantised safetensors "
+                "checkpoints are not supported. Use the unquantised model, or a GGUF file."
+            )
+            raise UnsupportedModelError(msg)
+        with torch.no_grad():
+            out.copy_(handle.get_tensor(name))
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._handles.clear()
+
+    def _tensor_files(self, index: Path) -> dict[str, str]:
+        """Tensor name -> name of the file it is read from."""
+        found: dict[str, str] = {}
+        if SINGLE_FILE not in self._paths and index.is_file():
+            keys = {file: set(handle.keys()) for file, handle in self._handles.items()}
+            for name, file in read_weight_map(index).items():
+                if name not in keys.get(file, ()):
+                    msg = f"{index} places tensor {name!r} in {file}, which does not have it."
+                    raise CheckpointError(msg)
+                found[name] = file
+            return found
+        for file, handle in self._handles.items():
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in found:
+                    msg = f"Tensor {name!r} is both in {found[name]} and in {self._paths[file]}."
+                    raise CheckpointError(msg)
+                found[name] = file
+        return found
+
+
+class GGUFCheckpoint(Checkpoint):
+    """Weights of a GGUF file, dequantised, under Hugging Face's names and in its row order.
+
+    Args:
+        file: Stays its owner's: `close` leaves it open.
+        config: Its `gguf_config`; the numbers of heads are read.
+
+    Raises:
+        UnsupportedModelError: A tensor has no known meaning.
+    """
+
+    def __init__(self, file: GGUFFile, config: Mapping[str, Any]) -> None:
+        self._file = file
+        self._architecture = str(file.metadata.get("general.architecture"))
+        self._num_q_heads: int = config["num_attention_heads"]
+        self._num_kv_heads: int = config["num_key_value_heads"]
+        self._gguf_names = hf_tensor_names(file.tensors, self._architecture)
+        self._shapes = {name: file.tensors[raw].shape for name, raw in self._gguf_names.items()}
+        self._is_closed = False
+
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every tensor."""
+        return self._shapes
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Dequantise a tensor into `out`; see `Checkpoint.read_into`."""
+        gguf_name = self._gguf_names.get(name)
+        if gguf_name is None:
+            _no_tensor(name, self._shapes, self._file.path)
+        _check_shape(name, self._shapes[name], out, self._file.path)
+        if self._is_closed:
+            msg = f"{self._file.path} was closed; tensor {name!r} cannot be read any more."
+            raise CheckpointError(msg)
+        num_heads = num_interleaved_heads(
+            gguf_name, self._architecture, self._num_q_heads, self._num_kv_heads
+        )
+        with torch.no_grad():
+            self._file.read_into(gguf_name, interleaved_view(out, num_heads) if num_heads else out)
+
+    def close(self) -> None:
+        """Read nothing more. The file stays open, the tokenizer may still need it."""
+        self._is_closed = True
+
+
+class DummyCheckpoint(Checkpoint):
+    """Random weights for benchmarks: any name, any shape.
+
+    Matrices and biases are normal with standard deviation 0.02, other vectors (norm weights) are
+    one. A tensor depends on the seed and its name alone, not on the order of reading; it differs
+    between devices and dtypes, since it is drawn where it will be used.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def names(self) -> None:
+        """None: whatever is asked for is there."""
+        return
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill `out`; never fails."""
+        with torch.no_grad():
+            if out.dim() == 1 and not name.endswith(".bias"):
+                out.fill_(1.0)
+                return
+            generator = torch.Generator(out.device)
+            generator.manual_seed(((self._seed << 32) ^ zlib.crc32(name.encode())) % (1 << 63))
+            out.normal_(0.0, DUMMY_STD, generator=generator)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        msg = f"{path} cannot be read as safetensors; truncated or damaged? ({error})"
+        raise CheckpointError(msg) from error
+
+
+def _check_shape(name: str, found: tuple[int, ...], out: torch.Tensor, path: Path) -> None:
+    if tuple(out.shape) != found:
+        msg = f"{path}: tensor {name!r} has shape {found}, expected {tuple(out.shape)}."
+        raise CheckpointError(msg)
+
+
+def _no_tensor(name: str, names: Mapping[str, Any], path: Path) -> NoReturn:
+    hint = nearest_name_hint(name, names)
+    msg = f"{path}: there is no tensor {name!r} among {len(names)}.{hint}"
+    raise CheckpointError(msg)
