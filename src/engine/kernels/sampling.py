@@ -40,6 +40,9 @@ Offsets that multiply a stride or V are int64. LANES is `NOISE_LANES`, part of t
 definition; BLOCK and SLOTS are tuning.
 """
 
+# Kernels annotate their compile-time parameters only; the rest are Triton values.
+# mypy: disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import torch
@@ -209,9 +212,7 @@ def _measure_range(
 
 
 @triton.jit
-def _collect(
-    row_ptr, slots_ptr, vocab_size, low, high, BLOCK: tl.constexpr, SLOTS: tl.constexpr
-):
+def _collect(row_ptr, slots_ptr, vocab_size, low, high, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
     """Store each lane's values in [low, high) in its own slots; returns the lanes' counts."""
     lane = tl.arange(0, BLOCK)
     least = _from_key(low)
@@ -332,7 +333,9 @@ def _threshold_kernel(
 
 @triton.jit
 def _gumbel(bits):
-    u = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, _BELOW_ONE)
+    u = tl.minimum(
+        bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, _BELOW_ONE
+    )
     rest = 1.0 - u
     exponential = tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest)))
     return -tl.log(exponential)

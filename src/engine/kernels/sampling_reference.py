@@ -2,8 +2,8 @@
 
 Formula, for a row of logits x with temperature T and noise g(seed, position, token):
 
-    x'  = x + bias, -inf where banned                      (logit_bias, min_tokens, bad_words)
-    x'' = x' / r or x' * r if seen; - f * count - p * [count > 0]   (repetition, frequency, presence)
+    x'  = x + bias, -inf where banned                       (logit_bias, min_tokens, bad_words)
+    x'' = x' / r or x' * r if seen, - f * count - p * [count > 0]               (penalties)
     S   = {x'' >= max + T ln(min_p)};  S = the top_k of S;  S = smallest top part of S with mass p
     id  = argmax over S of x'' / T + g,   or argmax of x'' when T is 0
 
