@@ -1,1 +1,37 @@
-"""LlamaIndex classes over the in-process engine."""
+"""LlamaIndex classes over the in-process engine.
+
+Importing this package tells LlamaIndex's `load_llm` about `LocalLLM`; it changes nothing else and
+loads no model.
+"""
+
+from __future__ import annotations
+
+from llama_index.core.llms.loading import RECOGNIZED_LLMS
+
+from llm_connectors.llama_index.errors import (
+    ConfigError,
+    ConstraintError,
+    ContextOverflowError,
+    ForeignProcessError,
+    RequestError,
+    UnsupportedBlockError,
+)
+from llm_connectors.llama_index.local_llm import LocalLLM
+from llm_connectors.llama_index.queries import aquery_many, query_many
+from llm_connectors.llama_index.settings import configure_settings, offline_sentence_splitter
+
+__all__ = [
+    "ConfigError",
+    "ConstraintError",
+    "ContextOverflowError",
+    "ForeignProcessError",
+    "LocalLLM",
+    "RequestError",
+    "UnsupportedBlockError",
+    "aquery_many",
+    "configure_settings",
+    "offline_sentence_splitter",
+    "query_many",
+]
+
+RECOGNIZED_LLMS[LocalLLM.class_name()] = LocalLLM

@@ -1,0 +1,325 @@
+"""What `LocalLLM` is apart from its endpoints: options, engine, prompts and copies."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as generic_messages_to_prompt,
+)
+from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.constants import DEFAULT_TEMPERATURE
+from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+
+from llm_connectors._params import (
+    ALIASES,
+    SAMPLING_NAMES,
+    SamplingFields,
+    check_names,
+    resolve_aliases,
+)
+from llm_connectors._runtime import EngineLease, lease_for
+from llm_connectors.llama_index.errors import ERRORS
+from llm_connectors.llama_index.metadata import build_metadata
+from llm_connectors.llama_index.options import REQUEST_NAMES, RequestOptions, request_options
+from llm_connectors.llama_index.pickling import home_process, unpickled
+from llm_connectors.llama_index.prompts import PromptBuilder, fit_window
+from llm_connectors.llama_index.requests import PendingAnswer
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+class EngineBackedLLM(SamplingFields, LLM):
+    """Base of `LocalLLM`: its fields, its engine, and how a call becomes a submitted request.
+
+    Raises:
+        ConfigError: No model is given, or an engine option is unknown or bad.
+        RequestError: A sampling option is unknown or bad.
+    """
+
+    model: str = Field(default="", description="As in `engine.EngineConfig.model`.")
+    """A Hugging Face folder, a `.gguf` file, a hub id, or "smollm2-135m"."""
+
+    temperature: float = DEFAULT_TEMPERATURE
+    """0 is greedy; larger is more varied. Default 0.1, as LlamaIndex's own: answers stay close to
+    the retrieved text."""
+
+    stop: str | Sequence[str] | None = None
+    """Strings that end the answer and are left out of it. `stop` given with a call replaces
+    these."""
+
+    chat_template: str | None = None
+    """Jinja source to use instead of the model's own template."""
+
+    context_window: int | None = None
+    """Tokens of prompt and answer together that a request may have, at most the engine's own
+    limit, which is the default."""
+
+    timeout: float | None = None
+    """Seconds after which a request is aborted with `RequestTimeoutError`. Default: none."""
+
+    priority: int = 0
+    """Requests with smaller numbers run sooner."""
+
+    cache_salt: str | None = None
+    """Requests with different salts share no prefix-cache blocks."""
+
+    additional_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further sampling options by name, as other LlamaIndex classes have it; they win over the
+    fields of the same name."""
+
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further `engine.EngineConfig` fields by name: `dtype`, `max_model_len`, `device`, ..."""
+
+    _lease: EngineLease = PrivateAttr()
+    _metadata: tuple[Any, LLMMetadata] | None = PrivateAttr(default=None)
+
+    # Leases on engines that their callers made. `Engine.shared` does not know these engines, so a
+    # copy that comes back as plain data finds its engine here.
+    _caller_leases: ClassVar[weakref.WeakSet[EngineLease]] = weakref.WeakSet()
+
+    def __init__(
+        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
+    ) -> None:
+        """Record the options; nothing is loaded.
+
+        Args:
+            model: See the field. May be left out where `engine` is given.
+            engine: An engine made by the caller, who also closes it.
+            **options: Any other field.
+        """
+        cls = type(self)
+        with ERRORS.converting():
+            valid_names = (*cls.model_fields, *ALIASES)
+            check_names(options.keys(), valid_names, f"{cls.__name__} option")
+            options = resolve_aliases(options)
+            lease = lease_for(model, options.get("engine_kwargs"), engine)
+        if engine is not None:
+            options["engine_kwargs"] = lease.options
+            cls._caller_leases.add(lease)
+        super().__init__(model=lease.config.model, **options)
+        self._lease = lease
+        # Bad values are the constructor's news, not the first request's.
+        self._options({})
+
+    # ------------------------------------------------------------------ the engine
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine; loads the model on first use, which may take minutes."""
+        with ERRORS.converting():
+            return self._lease.get()
+
+    def load(self) -> Self:
+        """Load the model now unless it is loaded; returns the object itself."""
+        _ = self.engine
+        return self
+
+    async def aload(self) -> Self:
+        """`load` without blocking the event loop. Await it before serving requests."""
+        await self._aengine()
+        return self
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Give the engine back; its memory is freed when nobody else uses it. Idempotent.
+
+        A later request loads the model again. An engine passed as `engine=` is left running.
+
+        Args:
+            drain: Let running requests finish first, should the engine close now.
+            timeout: Seconds to wait for them at most.
+        """
+        self._lease.close(drain=drain, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.aload()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def _aengine(self) -> Engine:
+        with ERRORS.converting():
+            return await self._lease.aget()
+
+    # ------------------------------------------------------------------ what it can do
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The model's true limits. Loads the model on first use; then a cached object.
+
+        Raises:
+            ConfigError: `context_window` is larger than the engine's limit.
+        """
+        engine = self.engine
+        key = (engine, self.max_tokens, self.context_window, self.chat_template)
+        if self._metadata is None or self._metadata[0] != key:
+            with ERRORS.converting():
+                self._metadata = (key, build_metadata(engine, *key[1:]))
+        return self._metadata[1]
+
+    def to_payload(self) -> dict[str, Any]:
+        """What instrumentation events carry.
+
+        Never loads the model: events come before requests, and on the async side nothing may block.
+        """
+        if self._lease.is_loaded:
+            return super().to_payload()
+        return {"class_name": self.class_name(), "model_name": self.model}
+
+    @property
+    def token_fn(self) -> Callable[[str], list[int]]:
+        """Token ids of plain text, without BOS: the counter LlamaIndex's splitters want.
+
+        Thread-safe. Markup in the text is not parsed.
+        """
+        return self._encode
+
+    def _encode(self, text: str) -> list[int]:
+        return self.engine.tokenize(text, add_special_tokens=False)
+
+    def count_messages(self, messages: Sequence[ChatMessage]) -> int:
+        """Prompt tokens of a chat with `messages`: exact, through the template."""
+        with ERRORS.converting():
+            return len(self._prompts(self.engine, self.chat_template).chat(messages))
+
+    # ------------------------------------------------------------------ one request
+
+    def _submit_chat(
+        self, engine: Engine, messages: Sequence[ChatMessage], call: dict[str, Any]
+    ) -> PendingAnswer:
+        return self._submit_chats(engine, [messages], call)[0]
+
+    def _submit_completion(
+        self, engine: Engine, prompt: str, formatted: bool, call: dict[str, Any]
+    ) -> PendingAnswer:
+        return self._submit_completions(engine, [prompt], formatted, call)[0]
+
+    def _submit_chats(
+        self,
+        engine: Engine,
+        conversations: Sequence[Sequence[ChatMessage]],
+        call: dict[str, Any],
+    ) -> list[PendingAnswer]:
+        with ERRORS.converting():
+            options = self._options(call)
+            prompts = self._prompts(engine, options.chat_template)
+            return self._submit(engine, [prompts.chat(item) for item in conversations], options)
+
+    def _submit_completions(
+        self, engine: Engine, texts: Sequence[str], formatted: bool, call: dict[str, Any]
+    ) -> list[PendingAnswer]:
+        with ERRORS.converting():
+            options = self._options(call)
+            prompts = self._prompts(engine, options.chat_template)
+            prompt_ids = [prompts.completion(text, formatted=formatted) for text in texts]
+            return self._submit(engine, prompt_ids, options)
+
+    def _submit(
+        self, engine: Engine, prompts: list[list[int]], options: RequestOptions
+    ) -> list[PendingAnswer]:
+        if not prompts:
+            return []
+        params = [fit_window(ids, options.params, self.context_window) for ids in prompts]
+        order: dict[str, Any] = {
+            "priority": options.priority,
+            "cache_salt": options.cache_salt,
+        }
+        if len(prompts) == 1:
+            handles = [engine.submit(prompts[0], params[0], **order)]
+        else:
+            handles = engine.submit_many(prompts, params, **order)
+        return [PendingAnswer(handle, engine.model_name, options.timeout) for handle in handles]
+
+    def _prompts(self, engine: Engine, chat_template: str | None) -> PromptBuilder:
+        return PromptBuilder(
+            engine=engine,
+            chat_template=chat_template,
+            messages_to_prompt=self.messages_to_prompt or generic_messages_to_prompt,
+            completion_to_prompt=self.completion_to_prompt or default_completion_to_prompt,
+        )
+
+    def _options(self, call: dict[str, Any]) -> RequestOptions:
+        with ERRORS.converting():
+            check_names(self.additional_kwargs, (*SAMPLING_NAMES, *ALIASES), "additional_kwargs")
+            fields = self.sampling_values()
+            fields |= {name: getattr(self, name) for name in REQUEST_NAMES}
+            fields |= resolve_aliases(self.additional_kwargs)
+            return request_options(fields, call)
+
+    # ------------------------------------------------------------------ copies
+
+    def with_options(self, **options: Any) -> Self:
+        """A sibling on the same engine with other options; the object itself stays as it is.
+
+        Args:
+            **options: Any field but `model` and `engine_kwargs`.
+        """
+        with ERRORS.converting():
+            fixed = ("model", "engine_kwargs")
+            valid_names = [name for name in type(self).model_fields if name not in fixed]
+            check_names(options.keys(), (*valid_names, *ALIASES), "with_options() option")
+            options = resolve_aliases(options)
+        kept = {
+            name: value
+            for name, value in self.additional_kwargs.items()
+            if ALIASES.get(name, name) not in options
+        }
+        sibling = self.model_copy(update={"additional_kwargs": kept, **options})
+        sibling._options({})
+        return sibling
+
+    def __copy__(self) -> Self:
+        clone = super().__copy__()
+        clone._lease = copy.copy(self._lease)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with fields of its own. The engine and the observers are shared."""
+        clone = self.__copy__()
+        memo = {} if memo is None else memo
+        memo[id(self)] = clone
+        shared = ("callback_manager", "rate_limiter")
+        for name, value in self.__dict__.items():
+            if name not in shared:
+                clone.__dict__[name] = copy.deepcopy(value, memo)
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The options, not the engine. Callback manager and rate limiter stay in this process."""
+        left_out = ("callback_manager", "rate_limiter")
+        fields = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return (unpickled, (type(self), fields, home_process(self._lease)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """The object that `to_dict` described, on the engine that already runs for it."""
+        llm = super().from_dict(data, **kwargs)
+        for lease in cls._caller_leases:
+            engine = lease.peek()
+            if lease.config == llm._lease.config and engine is not None and not engine.is_closed:
+                llm._lease = copy.copy(lease)
+                break
+        return llm

@@ -1,0 +1,60 @@
+"""What a pickled model finds when it wakes up.
+
+`IngestionPipeline(num_workers=…)` pickles its transformations, the model among them, into spawned
+processes. An object that then quietly loaded the model again, once per process, would fill the
+GPU several times over. So in its own process a pickle finds the running engine, and elsewhere it
+becomes an object that says on first use what is wrong. It does not refuse to be unpickled:
+`multiprocessing.Pool` workers die of that without a message, and the parent waits for ever.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from llm_connectors._runtime import EngineLease
+from llm_connectors.llama_index.errors import ForeignProcessError
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from llm_connectors.llama_index.base import EngineBackedLLM
+
+
+class ForeignLease(EngineLease):
+    """A lease that came from another process and finds no engine here."""
+
+    __slots__ = ("home_pid",)
+
+    def __init__(self, model: str, options: dict[str, Any], home_pid: int) -> None:
+        super().__init__(model, options)
+        self.home_pid = home_pid
+
+    def __copy__(self) -> ForeignLease:
+        return ForeignLease(self.config.model, self.options, self.home_pid)
+
+    def get(self) -> Engine:
+        """Never an engine.
+
+        Raises:
+            ForeignProcessError: Always.
+        """
+        msg = (
+            f"This LocalLLM({self.config.model!r}) was pickled in process {self.home_pid} and is "
+            f"used in process {os.getpid()}, which would load the model again. Run the work in "
+            "threads or coroutines of one process (num_workers of an extractor, not of "
+            "IngestionPipeline.run), or make a new LocalLLM here on purpose."
+        )
+        raise ForeignProcessError(msg)
+
+
+def home_process(lease: EngineLease) -> int:
+    """Id of the process whose engine `lease` can use."""
+    return lease.home_pid if isinstance(lease, ForeignLease) else os.getpid()
+
+
+def unpickled(cls: type[EngineBackedLLM], fields: dict[str, Any], home_pid: int) -> EngineBackedLLM:
+    """The object described by `fields`, on the same engine if that runs in this process."""
+    llm = cls.from_dict(fields)
+    if home_pid != os.getpid():
+        llm._lease = ForeignLease(llm._lease.config.model, llm._lease.options, home_pid)
+    return llm

@@ -1,0 +1,41 @@
+"""Fixtures of the LlamaIndex tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from llama_index_fake_engine import FakeEngine
+
+from llm_connectors import _runtime
+from llm_connectors.llama_index import LocalLLM
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeEngine]:
+    """A fake engine with a ChatML template and a BOS."""
+    engine = FakeEngine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def llm(fake: FakeEngine) -> LocalLLM:
+    """A greedy model on the fake engine."""
+    return LocalLLM(engine=fake, max_tokens=64, temperature=0.0)
+
+
+@pytest.fixture
+def shared_fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
+    """`Engine.shared` gives fakes; the class counts how many were made."""
+
+    class SharedFake(FakeEngine):
+        _shared: dict[str, FakeEngine] = {}  # noqa: RUF012
+        num_made = 0
+
+    monkeypatch.setattr("engine.Engine", SharedFake, raising=False)
+    monkeypatch.setattr(_runtime, "_REFERENCES", _runtime._References())
+    yield SharedFake
+    for engine in SharedFake._shared.values():
+        engine.references = 0
+        engine.close()
