@@ -6,7 +6,7 @@ of bad words, repetition, frequency and presence penalty, temperature, then `min
 down in `engine.kernels.sampling_reference`.
 
 On CUDA the Triton kernels of `engine.kernels.sampling` run, elsewhere NumPy
-(`engine.runner.sampling_cpu`). Both read the tables of `engine.runner.sampling_state`.
+(`engine.runner.sampling_cpu`). Both read the tables of `engine.runner.sampling_tables`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,15 @@ import torch
 from engine.kernels.sampling_reference import SamplingTables
 from engine.runner.sampling_cpu import sample_on_cpu
 from engine.runner.sampling_logprobs import gather_logprobs
-from engine.runner.sampling_rules import (
-    answer_seed,
-    banned_token_ids,
-    check_params,
-    needs_host_sync,
-)
-from engine.runner.sampling_state import SamplerVariant, SamplingState
+from engine.runner.sampling_rules import answer_seed, check_params, needs_host_sync
+from engine.runner.sampling_tables import SamplerVariant, SamplingState, banned_tokens
 from engine.sampling_params import SamplingParams
 
 __all__ = [
     "Sampler",
     "SamplerVariant",
     "answer_seed",
-    "banned_token_ids",
+    "banned_tokens",
     "check_params",
     "gather_logprobs",
     "needs_host_sync",
@@ -72,6 +67,11 @@ class Sampler:
         """The device tables, as the kernels read them."""
         return self._state.tables
 
+    @property
+    def greedy_variant(self) -> SamplerVariant:
+        """The variant of a batch that is all argmax, for warming up."""
+        return self._state.variant(np.empty(0, np.int64))
+
     def set_row(
         self,
         row: int,
@@ -109,7 +109,7 @@ class Sampler:
         """Replace the bans that depend on the last tokens.
 
         For sequences where `needs_host_sync(bad_words_ids)`: call before each step with
-        `banned_token_ids(bad_words_ids, output_token_ids)`. Bans from `set_row` stay.
+        `banned_tokens(bad_words_ids, output_token_ids)`. Bans from `set_row` stay.
         """
         self._state.update_banned(row, banned_ids)
 
@@ -171,8 +171,7 @@ class Sampler:
         )
 
     def gather_logprobs(
-        self, logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, num_top: int
+        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `gather_logprobs`; `rows` [R] tells whose logits these are and must fit them."""
-        assert rows.shape[0] == logits.shape[0], "one state index per row of logits"
+        """See `engine.runner.sampling_logprobs.gather_logprobs`."""
         return gather_logprobs(logits, token_ids, num_top)

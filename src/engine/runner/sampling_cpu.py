@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from engine.kernels import sampling_reference as layout
-from engine.runner.sampling_state import SamplerVariant, SamplingState
+from engine.runner.sampling_tables import SamplerVariant, SamplingState
 
 FloatRow = npt.NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""Host-side rules of sampling: checks at submit, seeds of answers, bans from bad words."""
+"""Host-side rules of sampling: checks at submit, seeds of answers, needs of bad words."""
 
 from __future__ import annotations
 
@@ -63,27 +63,3 @@ def answer_seed(seed: int, index: int) -> int:
 def needs_host_sync(bad_words_ids: Sequence[Sequence[int]]) -> bool:
     """True where bans depend on the last tokens, so that the host must know them every step."""
     return any(len(word) > 1 for word in bad_words_ids)
-
-
-def banned_token_ids(
-    bad_words_ids: Sequence[Sequence[int]], output_token_ids: Sequence[int]
-) -> list[int]:
-    """Ids that would complete a bad word now.
-
-    Args:
-        bad_words_ids: Token ids of each word; a word may appear in several tokenizations.
-        output_token_ids: The answer so far. The prompt does not count: the promise is about
-            what the answer contains.
-
-    Returns:
-        Sorted ids; words of one token are always among them.
-    """
-    banned = set()
-    for word in bad_words_ids:
-        num_before = len(word) - 1
-        if num_before < 0 or num_before > len(output_token_ids):
-            continue
-        tail = output_token_ids[len(output_token_ids) - num_before :]
-        if list(tail) == list(word[:-1]):
-            banned.add(word[-1])
-    return sorted(banned)

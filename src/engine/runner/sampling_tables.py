@@ -12,7 +12,6 @@ import torch
 
 from engine.kernels import sampling_reference as layout
 from engine.kernels.sampling_reference import SamplingTables
-from engine.runner.sampling_rules import banned_token_ids
 from engine.sampling_params import SamplingParams
 
 GREEDY, RANDOM, FILTERED = 0, 1, 2
@@ -134,7 +133,7 @@ class SamplingState:
         self._fixed_entries[row] = fixed
         # Room for all longer words at once, so that bans never widen the lists between steps.
         self._grow_sparse(len(fixed) + len(longer_words))
-        self._write_sparse(row, banned_token_ids(longer_words, output_token_ids))
+        self._write_sparse(row, banned_tokens(longer_words, output_token_ids))
 
     def update_banned(self, row: int, banned_ids: Iterable[int]) -> None:
         """See `Sampler.update_banned`."""
@@ -268,6 +267,30 @@ class SamplingState:
             lists[2, slot] = banned_before
         self._has_sparse[row] = bool(entries)
         self._changed_sparse.add(row)
+
+
+def banned_tokens(
+    bad_words_ids: Sequence[Sequence[int]], output_token_ids: Sequence[int]
+) -> list[int]:
+    """Ids that would complete a bad word now.
+
+    Args:
+        bad_words_ids: Token ids of each word; a word may appear in several tokenizations.
+        output_token_ids: The answer so far. The prompt does not count: the promise is about
+            what the answer contains.
+
+    Returns:
+        Sorted ids; words of one token are always among them.
+    """
+    banned = set()
+    for word in bad_words_ids:
+        num_before = len(word) - 1
+        if num_before < 0 or num_before > len(output_token_ids):
+            continue
+        tail = output_token_ids[len(output_token_ids) - num_before :]
+        if list(tail) == list(word[:-1]):
+            banned.add(word[-1])
+    return sorted(banned)
 
 
 def _known_ids(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int64]:
