@@ -105,7 +105,7 @@ def inverse_frequencies(
 
 
 def _default(theta: float, dim: int) -> torch.Tensor:
-    return 1.0 / torch.pow(theta, _exponents(dim))
+    return torch.pow(theta, _exponents(dim)).reciprocal()
 
 
 def _exponents(dim: int) -> torch.Tensor:

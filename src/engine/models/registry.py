@@ -64,8 +64,9 @@ def _mistral(config: ConfigReader) -> DecoderConfig:
     window = 4096  # the family's default; an explicit null switches it off
     if "sliding_window" in config.values:
         window = config.get("sliding_window") and config.size("sliding_window")
-    if len(set(config.get("layer_types", ()))) > 1:
-        raise config.error("layer_types", "must be the same for all layers")
+    layer_types = config.get("layer_types", [])
+    if not isinstance(layer_types, list) or len(set(map(str, layer_types))) > 1:
+        raise config.error("layer_types", "must be a list with the same entry for all layers")
     return _decoder(config, sliding_windows=(window,) * config.size("num_hidden_layers"))
 
 
@@ -93,11 +94,11 @@ def _qwen_windows(config: ConfigReader) -> tuple[int | None, ...]:
         window = config.size("sliding_window", 4096)
     layer_types = config.get("layer_types")
     if layer_types is None:
-        first = config.get("max_window_layers", 28)
+        first = config.number("max_window_layers", 28, above=-1)
         return tuple(window if index >= first else None for index in range(num_layers))
-    if len(layer_types) != num_layers:
-        raise config.error("layer_types", f"must have {num_layers} entries")
-    if not set(layer_types) <= {"full_attention", "sliding_attention"}:
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise config.error("layer_types", f"must be a list of {num_layers} entries")
+    if not all(kind in ("full_attention", "sliding_attention") for kind in layer_types):
         raise config.error("layer_types", "may hold 'full_attention' and 'sliding_attention'")
     if "sliding_attention" in layer_types and window is None:
         raise config.error("layer_types", "asks for a window while use_sliding_window is off")
