@@ -103,37 +103,11 @@ class StepOutput:
     prompt_logprobs: dict[int, TokenLogprobArrays] = field(default_factory=dict)
 
 
-class NewToken(NamedTuple):
-    """A sampled token of a sequence whose tokens are watched.
-
-    Attributes:
-        seq: Whose token; may have finished with it.
-        row: State index it ran in, the key into `StepOutput.logprobs` (`seq.row` is -1 once the
-            sequence has finished).
-        token_id: The token.
-    """
+class SequenceRow(NamedTuple):
+    """A sequence and the state index it ran in; `seq.row` is -1 once it has finished."""
 
     seq: Sequence
     row: int
-    token_id: int
-
-
-class PromptChunk(NamedTuple):
-    """Prompt tokens of a sequence with `prompt_logprobs` that a step has computed.
-
-    Attributes:
-        seq: Whose prompt.
-        row: State index, the key into `StepOutput.prompt_logprobs`.
-        start: Position of the chunk's first token. Its logits are about position `start + 1`.
-            Goes back to 0 when the sequence was preempted before its first new token: entries
-            from there on come again.
-        num_tokens: Length of the chunk; the last prompt token may be among them.
-    """
-
-    seq: Sequence
-    row: int
-    start: int
-    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -145,15 +119,15 @@ class CompletedStep:
         finished: Sequences that ended with this step by a stop id or their length, in batch order.
             Their `finish_reason`, `stop_reason` and `output_token_ids` are set; row and blocks
             are free again.
-        new_tokens: One entry per watched sequence (`Sequence.wants_tokens`) that sampled.
+        watched: Sequences with `wants_tokens` that got a token, finished ones included, in batch
+            order. `Scheduler.output_tokens(seq, start)` has it; the row is the key into
+            `StepOutput.logprobs`.
         first_tokens: Sequences whose first new token this step has brought.
-        prompt_chunks: Chunks whose prompt log probabilities this step has brought.
         num_new_tokens: Tokens sampled for live sequences, watched or not.
     """
 
     step_id: int
-    finished: list[Sequence] = field(default_factory=list)
-    new_tokens: list[NewToken] = field(default_factory=list)
+    finished: list[SequenceRow] = field(default_factory=list)
+    watched: list[SequenceRow] = field(default_factory=list)
     first_tokens: list[Sequence] = field(default_factory=list)
-    prompt_chunks: list[PromptChunk] = field(default_factory=list)
     num_new_tokens: int = 0
