@@ -14,8 +14,8 @@ from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import ModelFiles, resolve_model
-from engine.models.decoder import Decoder
-from engine.models.registry import build_decoder_config
+from engine.models.decoder import Decoder, weight_bytes
+from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks
 from engine.runner.model_runner import ModelRunner, profile_step
 from engine.text.chat_template import ChatTemplate
@@ -39,6 +39,7 @@ class EngineParts:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     model: Decoder
+    weight_bytes: int
     scheduler: Scheduler
     runner: ModelRunner
     stream: torch.cuda.Stream | None
@@ -60,9 +61,9 @@ def build_parts(config: EngineConfig) -> EngineParts:
         local_files_only=config.local_files_only,
         load_format=config.load_format,
     )
-    decoder_config = build_decoder_config(files.config)
+    model_config = decoder_config(files.config)
     dtype = resolve_dtype(config.dtype, files, device)
-    limit = decoder_config.max_position_embeddings
+    limit = model_config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         msg = (
             f"max_model_len={config.max_model_len} is more than the {limit} positions that "
@@ -74,10 +75,15 @@ def build_parts(config: EngineConfig) -> EngineParts:
 
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
+        num_weight_bytes = weight_bytes(model_config, dtype, device)
+        check_weights_fit(num_weight_bytes, device, config)
         model = Decoder(
-            decoder_config, device=device, dtype=dtype, batch_invariant=config.batch_invariant
+            model_config,
+            device,
+            dtype,
+            max_model_len=config.max_model_len,
+            batch_invariant=config.batch_invariant,
         )
-        check_weights_fit(model.weight_bytes, device, config)
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
             model.load(checkpoint)
         resolved = _resolve_sizes(config, model, device, dtype)
@@ -97,6 +103,7 @@ def build_parts(config: EngineConfig) -> EngineParts:
         tokenizer=tokenizer,
         chat_template=chat_template,
         model=model,
+        weight_bytes=num_weight_bytes,
         scheduler=scheduler,
         runner=runner,
         stream=stream,
@@ -171,7 +178,7 @@ def resolve_dtype(name: str, files: ModelFiles, device: torch.device) -> torch.d
 
 
 def _cpu_has_bfloat16() -> bool:
-    """True where matrix products in bfloat16 beat float32: AVX-512 BF16, AMX or an Arm with bf16."""
+    """True where bfloat16 matrix products beat float32: AVX-512 BF16, AMX, Arm with bf16."""
     capabilities = torch.backends.cpu.get_cpu_capability()
     if capabilities.startswith("AVX512"):
         return bool(torch.cpu._is_avx512_bf16_supported())
@@ -184,7 +191,7 @@ def load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
         return Tokenizer.from_folder(config.tokenizer)
     if files.gguf is not None:
         return Tokenizer.from_gguf_metadata(files.gguf.metadata)
-    if config.load_format == "dummy" and not Tokenizer.is_in_folder(files.path):
+    if config.load_format == "dummy" and not (files.path / "tokenizer.json").exists():
         return None
     return Tokenizer.from_folder(files.path)
 
@@ -195,6 +202,13 @@ def load_chat_template(config: EngineConfig, tokenizer: Tokenizer | None) -> Cha
         return None
     source = config.chat_template or tokenizer.chat_template
     return None if source is None else ChatTemplate(source, tokenizer)
+
+
+def kv_bytes_per_token(model: Decoder) -> int:
+    """Bytes of K and V of one token over all layers."""
+    config = model.config
+    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return elements * model.dtype.itemsize
 
 
 def _resolve_sizes(
@@ -210,7 +224,7 @@ def _resolve_sizes(
     blocks = num_kv_blocks(
         config,
         device,
-        block_bytes=model.kv_bytes_per_token * block_size,
+        block_bytes=kv_bytes_per_token(model) * block_size,
         tokens_wanted=longest * config.max_num_seqs,
         block_size=block_size,
         profile_step=lambda: profile_step(

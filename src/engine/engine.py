@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import torch
 
-from engine.build import EngineParts, build_parts, device_context
+from engine.build import EngineParts, build_parts, device_context, kv_bytes_per_token
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.output import OutputProcessor
 from engine.core.request import Request
@@ -80,9 +80,9 @@ class Engine:
         self._tokenizer = parts.tokenizer
         self._chat_template = parts.chat_template
         self._vocab_size = parts.model.config.vocab_size
-        self._weight_bytes = parts.model.weight_bytes
+        self._weight_bytes = parts.weight_bytes
         self._kv_cache_bytes = (
-            parts.model.kv_bytes_per_token
+            kv_bytes_per_token(parts.model)
             * parts.resolved.block_size
             * parts.resolved.num_kv_blocks
         )
@@ -181,13 +181,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts and rates up to now. Any thread; costs microseconds."""
-        counters, scheduler = self._counters, self._scheduler
+        counters, scheduler = self._counters, self._scheduler.stats()
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             peak_running=scheduler.peak_running,
-            kv_blocks_used=scheduler.num_blocks_used,
-            kv_blocks_total=scheduler.num_blocks_total,
+            kv_blocks_used=scheduler.blocks_used,
+            kv_blocks_total=scheduler.blocks_total,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             requests_finished=counters.requests_finished,
@@ -195,7 +195,7 @@ class Engine:
             requests_aborted=counters.requests_aborted,
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
-            preemptions=scheduler.num_preemptions,
+            preemptions=scheduler.preemptions,
             steps=counters.steps,
             tokens_per_s=counters.tokens_per_s(),
             host_ms_per_step=1e3 * counters.host_s / max(counters.steps, 1),
@@ -510,7 +510,6 @@ def _shut_down(loop: EngineLoop, parts: EngineParts) -> None:
 def _free(parts: EngineParts) -> None:
     """Drop weights, KV cache and graphs, and give the GPU's memory back to the driver."""
     parts.runner.close()
-    parts.model.close()
     if parts.resolved.device.type == "cuda":
         with torch.cuda.device(parts.resolved.device):
             torch.cuda.synchronize()

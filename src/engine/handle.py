@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestTimeoutError
@@ -61,8 +62,8 @@ class RequestHandle:
         on_stream: Callable[[Request], None],
     ) -> None:
         self.request_id = request.request_id
-        self._on_abort = lambda: on_abort(request)
-        self._on_stream = lambda: on_stream(request)
+        self._on_abort: Callable[[], None] = partial(on_abort, request)
+        self._on_stream: Callable[[], None] = partial(on_stream, request)
         self._condition = threading.Condition()
         self._deltas: list[Delta] = []
         self._output: RequestOutput | None = None
@@ -147,9 +148,7 @@ class RequestHandle:
         try:
             while True:
                 with self._condition:
-                    self._condition.wait_for(
-                        lambda seen=cursor: self.is_done or len(self._deltas) > seen
-                    )
+                    self._condition.wait_for(partial(self._has_more, cursor))
                 new, cursor = self._deltas_since(cursor)
                 yield from new
                 if not new and self.is_done:
@@ -171,7 +170,7 @@ class RequestHandle:
                 if self.is_done:
                     self._raise_error()
                     return
-                await self._next_event(lambda seen=cursor: self.is_done or len(self._deltas) > seen)
+                await self._next_event(partial(self._has_more, cursor))
         finally:
             self._release_reader()
 
@@ -185,6 +184,9 @@ class RequestHandle:
                 return
         if is_first and not self.is_done:
             self._on_stream()
+
+    def _has_more(self, cursor: int) -> bool:
+        return self.is_done or len(self._deltas) > cursor
 
     def _deltas_since(self, cursor: int) -> tuple[list[Delta], int]:
         """New deltas, those of one answer merged into one, and the new cursor."""

@@ -1,4 +1,4 @@
-"""`LLM`: the class of that name from vLLM, on this engine. Snippets written for it run unchanged."""
+"""`LLM`: vLLM's class of that name on this engine; snippets written for it run unchanged."""
 
 from __future__ import annotations
 

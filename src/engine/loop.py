@@ -232,7 +232,7 @@ class EngineLoop:
         try:
             output = pending.wait()
         except Exception as error:
-            self._fail_step([batch], error)
+            self._fail_step(error)
             return True
         arrived_s = time.perf_counter()
         num_new_tokens = self._outputs.process(batch, output)
@@ -245,26 +245,24 @@ class EngineLoop:
         try:
             pending = self._runner.execute(batch)
         except Exception as error:
-            self._fail_step([batch], error)
+            self._fail_step(error)
             return
         self._in_flight.append((batch, pending))
 
-    def _fail_step(self, batches: list[ScheduledBatch], error: Exception) -> None:
-        """End the requests of a failed step, and of the steps launched after it, with an error.
+    def _fail_step(self, error: Exception) -> None:
+        """End the requests of a failed step, and of all launched with it, with a `StepError`.
 
         Steps launched later read tokens and KV blocks that the failed one should have written, so
-        their requests end too. Whoever waits or was not scheduled goes on. Cached blocks may hold
-        nothing now: the prefix cache is emptied.
+        their requests end too. Whoever waits, or was not scheduled, goes on.
         """
-        batches = [*batches, *(batch for batch, _ in self._in_flight)]
-        for _, pending in self._in_flight:
+        logger.warning("A step failed; its requests end with StepError", exc_info=error)
+        while self._in_flight:
+            _, pending = self._in_flight.popleft()
             try:
                 pending.wait()
             except Exception:
-                logger.debug("A step launched after the failed one failed too", exc_info=True)
-        self._in_flight.clear()
-        logger.warning("A step failed; its requests end with StepError", exc_info=error)
-        self._outputs.fail_batches(batches, _step_error(error))
+                logger.debug("A step launched with the failed one failed too", exc_info=True)
+        self._outputs.fail_steps(lambda: _step_error(error))
         self._publish()
         self._runner.check_health()
 
@@ -282,7 +280,7 @@ class EngineLoop:
                 for request, handle in command.pairs:
                     self._outputs.add(request, handle)
         self._in_flight.clear()
-        self._outputs.fail_all(refusal_for_caller(error))
+        self._outputs.fail_all(lambda: refusal_for_caller(error))
         self._publish()
 
 

@@ -113,7 +113,8 @@ class RequestFactory:
         named += [("logit_bias", token_id) for token_id in params.logit_bias or ()]
         for name, token_id in named:
             if token_id >= self._vocab_size:
-                msg = f"{name} has token id {token_id}; the model has ids 0 to {self._vocab_size - 1}."
+                last = self._vocab_size - 1
+                msg = f"{name} has token id {token_id}; the model has ids 0 to {last}."
                 raise RequestError(msg)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
@@ -208,7 +209,10 @@ def params_per_prompt(
         msg = f"params must be a SamplingParams or a list of them, got {type(params).__name__}."
         raise RequestError(msg)
     if len(params) != num_prompts:
-        msg = f"{len(params)} SamplingParams were given for {num_prompts} prompts. Give one, or as many."
+        msg = (
+            f"{len(params)} SamplingParams were given for {num_prompts} prompts. "
+            "Give one for all, or one for each."
+        )
         raise RequestError(msg)
     return list(params)
 

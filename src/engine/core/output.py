@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.request import Request, Sequence, SequenceStatus
+from engine.errors import StepError
 from engine.handle import RequestHandle
 from engine.outputs import (
     CompletionOutput,
@@ -164,14 +165,11 @@ class OutputProcessor:
                 self._finish_answer(entry, answer)
         self._finish_request(entry)
 
-    def fail_batches(self, batches: list[ScheduledBatch], error: BaseException) -> None:
-        """End every request with a sequence in `batches` with `error`; empty the prefix cache."""
-        requests = {
-            seq.request: None for batch in batches for seq in self._scheduler.sequences_of(batch)
-        }
+    def fail_steps(self, make_error: Callable[[], BaseException]) -> None:
+        """Give up the steps in flight; every request that ran in them ends with an error."""
+        requests = {seq.request: None for seq in self._scheduler.abandon_steps()}
         for request in requests:
-            self._fail(request, error)
-        self._scheduler.reset_prefix_cache()
+            self._fail(request, make_error())
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
         """End every open request, each with an error of its own."""
@@ -199,6 +197,7 @@ class OutputProcessor:
         """
         now_s = time.monotonic()
         self._take_prompt_logprobs(batch, output)
+        without_token = self._sequences_without_token(batch, output)
         completed = self._scheduler.complete(batch, output.token_ids)
         for seq in completed.first_tokens:
             if seq.request.metrics.first_token_s is None:
@@ -229,24 +228,35 @@ class OutputProcessor:
             self._take_new_tokens(answer)
             self._finish_answer(entry, answer)
             self._finish_request(entry)
-        for seq in completed.failed:
-            self._fail(seq.request, completed.failure(seq))
+        for seq in without_token:
+            msg = (
+                f"The model gave request {seq.request.request_id} no finite logits "
+                f"({seq.num_tokens} tokens in). The weights, or the dtype, cannot compute this "
+                "prompt: try dtype='float32'."
+            )
+            self._fail(seq.request, StepError(msg))
         return completed.num_new_tokens
+
+    def _sequences_without_token(self, batch: ScheduledBatch, output: StepOutput) -> list[Sequence]:
+        """Sequences for which nothing could be sampled, because all their logits were NaN."""
+        missing = batch.rows[batch.is_sampling & (output.token_ids < 0)]
+        if not len(missing):
+            return []
+        rows = set(missing.tolist())
+        return [seq for seq, row in self._scheduler.sequences_with_rows(batch) if row in rows]
 
     def _end_sequence(
         self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None
     ) -> None:
         row = seq.row
-        self._scheduler.finish(seq, reason)
-        seq.stop_reason = stop_reason
+        self._scheduler.finish(seq, reason, stop_reason)
         if row >= 0:
             self._on_row_freed(row)
 
     def _take_new_tokens(self, answer: _Answer) -> None:
         """Run ids that are known but not seen through the detokenizer and the stop strings."""
-        token_ids = self._scheduler.output_tokens(answer.seq)
-        new = token_ids[answer.num_seen :]
-        answer.num_seen = len(token_ids)
+        new = self._scheduler.output_tokens(answer.seq, answer.num_seen)
+        answer.num_seen += len(new)
         if answer.detokenizer is None or not new:
             return
         seq = answer.seq
@@ -297,9 +307,8 @@ class OutputProcessor:
 
     def _emit(self, entry: _Open, answer: _Answer) -> None:
         """Queue a delta with what is new; nothing when nothing is, except at the end."""
-        token_ids = self._scheduler.output_tokens(answer.seq)
         text = answer.text[answer.num_sent_chars :]
-        new_ids = token_ids[answer.num_sent_tokens :]
+        new_ids = self._scheduler.output_tokens(answer.seq, answer.num_sent_tokens)
         is_last = answer.output is not None
         if not text and not new_ids and not is_last:
             return
@@ -308,12 +317,12 @@ class OutputProcessor:
             logprobs = answer.logprobs[answer.num_sent_logprobs :]
             answer.num_sent_logprobs = len(answer.logprobs)
         answer.num_sent_chars = len(answer.text)
-        answer.num_sent_tokens = len(token_ids)
+        answer.num_sent_tokens += len(new_ids)
         entry.deltas.append(
             Delta(
                 index=answer.seq.index,
                 text=text,
-                token_ids=list(new_ids),
+                token_ids=new_ids,
                 finish_reason=answer.seq.finish_reason if is_last else None,
                 stop_reason=answer.seq.stop_reason if is_last else None,
                 logprobs=logprobs,

@@ -175,12 +175,18 @@ class ModelRunner:
             self._graph_for(self._graphs, size, 1, variant)
         torch.cuda.synchronize(self._config.device)
 
+    def check_health(self) -> None:
+        """Raise torch's error if the device can no longer be used, as after an illegal access."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self._config.device)
+
     def free_row(self, row: int) -> None:
         """The sequence in `row` ended: its settings no longer count."""
         self.sampler.free_row(row)
 
     def close(self) -> None:
-        """Drop every device tensor this object owns."""
+        """Drop the model and every device tensor; nothing may be called afterwards."""
+        del self._model
         if self._graphs is not None:
             self._graphs.clear()
         self.kv_caches.clear()
@@ -232,7 +238,8 @@ class ModelRunner:
             logits, inputs.sampling_rows, inputs.sampling_positions, variant
         )
         if self._state is not None:
-            self._state.last_token_ids[inputs.sampling_rows] = token_ids
+            # -1 (nothing could be sampled) must stay a valid input of a step launched ahead.
+            self._state.last_token_ids[inputs.sampling_rows] = token_ids.clamp(min=0)
             self._has_device_token[host.sampling_rows] = True
         logprobs = self._sampled_logprobs(host.sampling_rows, logits, token_ids)
         return self._pending(token_ids, batch, logprobs, prompt_logprobs)

@@ -178,6 +178,6 @@ class StepGraphs:
         )
         logits = forward(state.last_token_ids[rows], metadata)
         token_ids = sample(logits, rows, positions + 1)
-        state.last_token_ids.index_copy_(0, rows, token_ids)
+        state.last_token_ids.index_copy_(0, rows, token_ids.clamp(min=0))
         state.next_positions.index_add_(0, rows, (~is_padding).long())
         return token_ids, logits

@@ -8,6 +8,7 @@ Nothing here loops over sequences in Python except the block lists of the plain-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,7 +138,7 @@ class DeviceUploader:
         self._next = 0
 
     def upload(
-        self, arrays: list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]
+        self, arrays: list[npt.NDArray[Any]]
     ) -> list[torch.Tensor]:
         """Device copies of `arrays`, same shapes and dtypes, views of one new tensor.
 
