@@ -117,7 +117,7 @@ def _proportional(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     num_turning = int(rope.partial_rotary_factor * head_dim // 2)
     inv_freq = torch.zeros(head_dim // 2)
     inv_freq[:num_turning] = _default(rope.theta, head_dim)[:num_turning]
-    return inv_freq / rope.parameters.get("factor", 1.0)
+    return inv_freq.div_(rope.parameters.get("factor", 1.0))
 
 
 def _dynamic_theta(rope: RopeConfig, dim: int, max_model_len: int) -> float:
