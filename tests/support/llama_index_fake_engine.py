@@ -7,6 +7,7 @@ can be watched without weights. The handle is the engine's own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import threading
@@ -163,9 +164,7 @@ class FakeEngine:
         source = chat_template or self.template
         if source is None:
             raise RequestError("The model has no chat template.")
-        environment = jinja2.Environment(autoescape=False)
-        environment.globals["raise_exception"] = _raise_exception
-        text = environment.from_string(source).render(messages=messages)
+        text = _compiled(source).render(messages=messages)
         ids = self.tokenize(text, add_special_tokens=False, parse_special=True)
         return [BOS_ID, *ids] if self.has_bos else ids
 
@@ -327,6 +326,13 @@ def _logprobs(
             row.setdefault(5000 + rank, Logprob(-0.1 * rank, rank, f"alt{rank}"))
         rows.append(row)
     return rows
+
+
+@functools.cache
+def _compiled(source: str) -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=False)
+    environment.globals["raise_exception"] = _raise_exception
+    return environment.from_string(source)
 
 
 def _raise_exception(message: str) -> None:

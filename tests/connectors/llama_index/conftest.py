@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from llama_index_fake_engine import FakeEngine
 
+import engine
 from llm_connectors import _runtime
 from llm_connectors.llama_index import LocalLLM
 
@@ -33,9 +34,10 @@ def shared_fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
         _shared: dict[str, FakeEngine] = {}  # noqa: RUF012
         num_made = 0
 
-    monkeypatch.setattr("engine.Engine", SharedFake, raising=False)
+    # Not `setattr`, which would import the real engine to remember it.
+    monkeypatch.setitem(vars(engine), "Engine", SharedFake)
     monkeypatch.setattr(_runtime, "_REFERENCES", _runtime._References())
     yield SharedFake
-    for engine in SharedFake._shared.values():
-        engine.references = 0
-        engine.close()
+    for made in SharedFake._shared.values():
+        made.references = 0
+        made.close()

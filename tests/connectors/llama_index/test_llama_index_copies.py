@@ -1,0 +1,162 @@
+"""Copies, pickles, dictionaries and the life of the shared engine. Fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.llms.loading import load_llm
+from llama_index_fake_engine import FakeEngine
+
+import engine
+from llm_connectors.llama_index import ConfigError, ForeignProcessError, LocalLLM
+
+USER = [ChatMessage(content="Hi")]
+
+
+def test_constructor_and_payload_load_nothing(shared_fakes: type[FakeEngine]) -> None:
+    llm = LocalLLM("fake", temperature=0.0)
+    assert llm.to_payload() == {"class_name": "LocalLLM", "model_name": "fake"}
+    assert shared_fakes.num_made == 0
+    llm.chat(USER)
+    assert shared_fakes.num_made == 1
+    assert llm.to_payload()["context_window"] == 4096
+
+
+def test_equal_models_share_one_engine(shared_fakes: type[FakeEngine]) -> None:
+    first, second = LocalLLM("fake"), LocalLLM("fake", temperature=0.0, max_tokens=3)
+    assert first.engine is second.engine
+    assert shared_fakes.num_made == 1
+
+
+def test_async_use_loads_off_the_loop(shared_fakes: type[FakeEngine]) -> None:
+    async def main() -> str:
+        async with LocalLLM("fake") as llm:
+            return (await llm.achat(USER)).message.content
+
+    assert "Hi" in asyncio.run(main())
+    assert shared_fakes._shared["fake"].is_closed
+
+
+def test_close_is_idempotent_and_reopens(shared_fakes: type[FakeEngine]) -> None:
+    with LocalLLM("fake") as llm:
+        first = llm.load().engine
+    assert first.is_closed
+    llm.close()
+    assert llm.chat(USER).message.content
+    assert llm.engine is not first
+
+
+def test_close_leaves_the_engine_to_others_who_use_it(shared_fakes: type[FakeEngine]) -> None:
+    first, second = LocalLLM("fake").load(), LocalLLM("fake").load()
+    first.close()
+    assert not second.engine.is_closed
+    second.close()
+    assert shared_fakes._shared["fake"].is_closed
+
+
+def test_engine_passed_in_is_left_running(fake: FakeEngine) -> None:
+    LocalLLM(engine=fake).close()
+    assert not fake.is_closed
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, LocalLLM.model_copy])
+@pytest.mark.parametrize("is_owned", [True, False])
+def test_copies_share_the_engine(
+    fake: FakeEngine, shared_fakes: type[FakeEngine], make_copy: object, is_owned: bool
+) -> None:
+    llm = LocalLLM(engine=fake) if is_owned else LocalLLM("fake")
+    llm.additional_kwargs["min_tokens"] = 1
+    clone = make_copy(llm)
+    assert clone.engine is llm.engine
+    assert clone.to_dict() == llm.to_dict()
+    assert shared_fakes.num_made == (0 if is_owned else 1)
+
+
+def test_deep_copies_have_fields_of_their_own(fake: FakeEngine) -> None:
+    llm = LocalLLM(engine=fake, additional_kwargs={"min_tokens": 1})
+    clone = copy.deepcopy(llm)
+    clone.additional_kwargs["min_tokens"] = 2
+    clone.temperature = 1.0
+    assert llm.additional_kwargs == {"min_tokens": 1}
+    assert llm.temperature == 0.1
+    assert clone.callback_manager is llm.callback_manager
+    holder = {"a": llm, "b": llm}
+    copied = copy.deepcopy(holder)
+    assert copied["a"] is copied["b"] is not llm
+
+
+@pytest.mark.parametrize("is_owned", [True, False])
+def test_dict_and_pickle_round_trips_find_the_engine(
+    fake: FakeEngine, shared_fakes: type[FakeEngine], is_owned: bool
+) -> None:
+    options = {"temperature": 0.3, "stop": ["x"], "system_prompt": "Be brief.", "seed": 3}
+    llm = LocalLLM(engine=fake, **options) if is_owned else LocalLLM("fake", **options)
+    data = llm.to_dict()
+    json.dumps(data)
+    for twin in (
+        LocalLLM.from_dict(data),
+        load_llm(data),
+        LocalLLM.from_json(llm.to_json()),
+        pickle.loads(pickle.dumps(llm)),
+    ):
+        assert twin.engine is llm.engine
+        assert twin.to_dict() == data
+    assert shared_fakes.num_made == (0 if is_owned else 1)
+
+
+def test_dict_holds_nothing_volatile(shared_fakes: type[FakeEngine]) -> None:
+    llm = LocalLLM("fake", callback_manager=CallbackManager([]))
+    before = llm.to_dict()
+    llm.chat(USER)
+    assert llm.to_dict() == before
+    assert {"model", "temperature", "max_tokens", "engine_kwargs"} <= before.keys()
+
+
+def test_engine_options_travel_with_the_dict() -> None:
+    fake = FakeEngine("fake", max_model_len=512, max_num_seqs=7)
+    data = LocalLLM(engine=fake).to_dict()
+    assert data["model"] == "fake"
+    assert data["engine_kwargs"] == {"max_model_len": 512, "max_num_seqs": 7}
+    fake.close()
+
+
+def test_a_pickle_from_another_process_names_the_problem(fake: FakeEngine) -> None:
+    code = """
+        import pickle, sys
+        from llm_connectors.llama_index import LocalLLM
+        sys.stdout.buffer.write(pickle.dumps(LocalLLM("fake", temperature=0.7)))
+    """
+    pickled = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True
+    ).stdout
+    llm = pickle.loads(pickled)
+    assert llm.temperature == 0.7
+    for other in (llm, copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
+        with pytest.raises(ForeignProcessError, match="pickled in process"):
+            other.chat(USER)
+        with pytest.raises(ForeignProcessError):
+            asyncio.run(other.achat(USER))
+    assert not issubclass(ForeignProcessError, ValueError | TypeError | RuntimeError)
+
+
+def test_late_config_errors_are_not_value_errors(
+    shared_fakes: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise engine.ConfigError("max_num_seqs differs")
+
+    monkeypatch.setattr(shared_fakes, "shared", refuse)
+    llm = LocalLLM("fake")
+    for call in (lambda: llm.chat(USER), lambda: asyncio.run(llm.achat(USER)), llm.load):
+        with pytest.raises(ConfigError, match="max_num_seqs") as caught:
+            call()
+        assert not isinstance(caught.value, ValueError)
