@@ -53,9 +53,7 @@ def permute_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """What llama.cpp's converter does to q and k of the architecture llama (LlamaModel.permute)."""
     half = weight.shape[0] // num_heads // 2
     return (
-        weight.reshape(num_heads, 2, half, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
+        weight.reshape(num_heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 

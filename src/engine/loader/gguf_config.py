@@ -216,8 +216,6 @@ def _architecture_entries(keys: GGUFKeys) -> dict[str, Any]:
             raise UnsupportedModelError(msg)
         architecture = architecture.with_window
         entries["sliding_window"] = keys.count("attention.sliding_window")
-    elif architecture.with_window is not None:
-        entries["sliding_window"] = None
     if architecture.states_biases:
         entries["attention_bias"] = "blk.0.attn_q.bias" in keys.file.tensors
         entries["mlp_bias"] = "blk.0.ffn_up.bias" in keys.file.tensors
