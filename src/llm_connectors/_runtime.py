@@ -40,11 +40,15 @@ class EngineLease:
         options: Further `EngineConfig` fields by name.
         engine: An engine the caller made and will close.
 
+    Attributes:
+        config: The engine's config, as asked for.
+        options: Its fields, without `model`, that differ from an engine's defaults.
+
     Raises:
         ConfigError: An option is unknown or its value is bad.
     """
 
-    __slots__ = ("__weakref__", "_engine", "_is_owned_by_caller", "config")
+    __slots__ = ("__weakref__", "_engine", "_is_owned_by_caller", "config", "options")
 
     def __init__(
         self,
@@ -59,9 +63,10 @@ class EngineLease:
             if engine is not None
             else EngineConfig.from_kwargs(**{**(options or {}), "model": model})
         )
+        self.options: dict[str, Any] = _non_default_options(self.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (EngineLease, (self.config.model, non_default_options(self.config)))
+        return (EngineLease, (self.config.model, self.options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineLease:
         return self.__copy__()
@@ -69,7 +74,7 @@ class EngineLease:
     def __copy__(self) -> EngineLease:
         if self._is_owned_by_caller:
             return EngineLease(self.config.model, engine=self._engine)
-        return EngineLease(self.config.model, non_default_options(self.config))
+        return EngineLease(self.config.model, self.options)
 
     def __repr__(self) -> str:
         state = "loaded" if self.is_loaded else "not loaded"
@@ -143,7 +148,7 @@ class _References:
 
         # Outside the lock: another model must not wait for this one. Two threads that want this
         # one meet in `Engine.shared`, which loads once and counts twice.
-        engine = Engine.shared(lease.config.model, **non_default_options(lease.config))
+        engine = Engine.shared(lease.config.model, **lease.options)
         with self._lock:
             reference = self._by_config.get(lease.config)
             is_first = reference is None or reference.engine.is_closed
@@ -177,7 +182,7 @@ class _References:
 _REFERENCES = _References()
 
 
-def non_default_options(config: EngineConfig) -> dict[str, Any]:
+def _non_default_options(config: EngineConfig) -> dict[str, Any]:
     """The fields of `config`, without `model`, that differ from an engine's defaults."""
     changed = config.differing_fields(EngineConfig(model=config.model))
     return {name: own for name, (own, _default) in changed.items()}

@@ -1,1 +1,42 @@
-"""LangChain classes over the in-process engine."""
+"""LangChain classes over the in-process engine.
+
+- `ChatLocal`: a chat model.
+- `LocalLLM`: text completion with raw prompts.
+- `errors`: classes that are both the engine's and LangChain's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_connectors.langchain.chat_models import ChatLocal
+    from llm_connectors.langchain.llms import LocalLLM
+
+__all__ = ["ChatLocal", "LocalLLM"]
+
+_LAZY = {
+    "ChatLocal": "llm_connectors.langchain.chat_models",
+    "LocalLLM": "llm_connectors.langchain.llms",
+}
+"""Names whose modules load langchain-core; importing the package stays cheap."""
+
+
+def __getattr__(name: str) -> Any:
+    module_name = _LAZY.get(name)
+    if module_name is None:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "langchain_core":
+            raise
+        msg = f"{name} needs langchain-core. Install it with: pip install llm-connectors[langchain]"
+        raise ImportError(msg) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,163 @@
+"""The runs of a list call of `ChatLocal`: callbacks, cache and post-processing per conversation.
+
+`BaseChatModel` does these steps inside `invoke`, one conversation at a time. A list call needs
+them apart: start all runs, look all of them up, submit what is missing together, end each run when
+its answer is there. Names and order of the callbacks are those of `BaseChatModel.generate`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.callbacks import CallbackManager, CallbackManagerForLLMRun
+from langchain_core.load import dumps
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatResult, LLMResult
+from langchain_core.utils.utils import LC_ID_PREFIX
+from typing_extensions import override
+
+from engine import RequestOutput
+from llm_connectors.langchain._batching import Run
+from llm_connectors.langchain._list_call import ListCall
+from llm_connectors.langchain._outputs import chat_result
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from llm_connectors.langchain.chat_models import ChatLocal
+
+
+class ChatListCall(ListCall):
+    """What the runs of one list call of a chat model share."""
+
+    model: ChatLocal
+
+    @cached_property
+    @override
+    def invocation_params(self) -> dict[str, Any]:
+        return self.model._get_invocation_params(stop=self.stop, **self.kwargs)
+
+    @cached_property
+    def cache_key(self) -> str:
+        """Model and options as a cache knows them; the same key as `invoke` uses."""
+        return self.model._get_llm_string(stop=self.stop, **self.kwargs)
+
+    @cached_property
+    def needs_single_calls(self) -> bool:
+        """Whether a rate limiter, `streaming` or a handler that wants tokens is there."""
+        model = self.model
+        if model.rate_limiter is not None:
+            return True
+        # Only the handlers of these managers are looked at.
+        watchers = cast("list[CallbackManagerForLLMRun]", self.managers)
+        return any(
+            model._should_stream(async_api=False, run_manager=one, **self.kwargs)
+            or model._should_use_protocol_streaming(async_api=False, run_manager=one, **self.kwargs)
+            for one in watchers
+        )
+
+    def start(self, index: int, messages: list[BaseMessage]) -> ChatRun:
+        """Fire the start callbacks of one conversation, with the config of its own."""
+        config = self.configs[index]
+        (run,) = self._start(
+            self.managers[index], [messages], config.get("run_name"), config.get("run_id")
+        )
+        return run
+
+    def start_together(
+        self,
+        conversations: list[list[BaseMessage]],
+        run_name: str | None,
+        run_id: uuid.UUID | None,
+    ) -> list[ChatRun]:
+        """Fire the start callbacks of all conversations, which share one config."""
+        return self._start(self.managers[0], conversations, run_name, run_id)
+
+    def _start(
+        self,
+        manager: CallbackManager,
+        conversations: list[list[BaseMessage]],
+        run_name: str | None,
+        run_id: uuid.UUID | None,
+    ) -> list[ChatRun]:
+        run_managers = manager.on_chat_model_start(
+            self.model._serialized,
+            conversations,
+            invocation_params=self.invocation_params,
+            options={"stop": self.stop},
+            name=run_name,
+            run_id=run_id,
+            batch_size=len(self.configs),
+        )
+        return [
+            ChatRun(self, messages, run_manager)
+            for messages, run_manager in zip(conversations, run_managers, strict=True)
+        ]
+
+
+class ChatRun(Run[ChatResult]):
+    """One conversation of a list call."""
+
+    def __init__(
+        self,
+        call: ChatListCall,
+        messages: Sequence[BaseMessage],
+        run_manager: CallbackManagerForLLMRun,
+    ) -> None:
+        self.run_manager = run_manager
+        self._call = call
+        self._messages = messages
+
+    @cached_property
+    def _cached_prompt(self) -> str:
+        """The conversation as a cache knows it: without message ids, as `invoke` writes it."""
+        return dumps([_without_id(message) for message in self._messages])
+
+    @override
+    def cached(self) -> ChatResult | None:
+        cache = self._call.cache
+        if cache is None:
+            return None
+        hit = cache.lookup(self._cached_prompt, self._call.cache_key)
+        if not isinstance(hit, list):
+            return None
+        return ChatResult(generations=self._call.model._convert_cached_generations(hit))
+
+    @override
+    def prompt(self, engine: Engine) -> list[int]:
+        return self._call.model._render(engine, self._messages, self._call.options)
+
+    @override
+    def result(self, output: RequestOutput) -> ChatResult:
+        model = self._call.model
+        result = chat_result(output, model.model, self._call.options.params)
+        for index, generation in enumerate(result.generations):
+            message = generation.message
+            message.id = f"{LC_ID_PREFIX}-{self.run_manager.run_id}-{index}"
+            if model.output_version == "v1" and isinstance(message, AIMessage):
+                message.content = list(message.content_blocks)  # type: ignore[arg-type]
+                message.response_metadata["output_version"] = "v1"
+        if len(result.generations) == 1 and result.llm_output:
+            message = result.generations[0].message
+            message.response_metadata = {**result.llm_output, **message.response_metadata}
+        if self._call.cache is not None:
+            self._call.cache.update(
+                self._cached_prompt, self._call.cache_key, list(result.generations)
+            )
+        return result
+
+    @override
+    def end(self, result: ChatResult) -> None:
+        self.run_manager.on_llm_end(
+            LLMResult(generations=[list(result.generations)], llm_output=result.llm_output)
+        )
+
+    @override
+    def fail(self, error: BaseException) -> None:
+        self.run_manager.on_llm_error(error, response=LLMResult(generations=[]))
+
+
+def _without_id(message: BaseMessage) -> BaseMessage:
+    return message if message.id is None else message.model_copy(update={"id": None})

@@ -1,0 +1,278 @@
+"""What the chat and the text class have in common: fields, checks, the engine, call options."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from langchain_core.language_models import LangSmithParams
+from pydantic import Field, PrivateAttr, SecretStr, model_validator
+
+from engine import RequestError, SamplingParams
+from llm_connectors._params import (
+    ALIASES,
+    SAMPLING_NAMES,
+    SamplingFields,
+    check_names,
+    make_sampling_params,
+    merge_stop,
+    resolve_aliases,
+)
+from llm_connectors._runtime import EngineLease, lease_for
+from llm_connectors.langchain._outputs import PROVIDER
+from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+_ALIASES = {**ALIASES, "model_name": "model"}
+
+MAX_INLINE_CHARS = 8192
+"""Longest prompt an async call tokenizes in the event loop's thread: about 2 ms, cheaper
+than a hop to a worker thread beside a busy engine. Longer ones go to a worker thread."""
+
+_TOOL_NAMES = (
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "parallel_tool_calls",
+    "response_format",
+    "strict",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallOptions:
+    """Everything one call asks for, checked.
+
+    Attributes:
+        params: The engine's sampling parameters.
+        timeout: Seconds from submit until the request is aborted.
+        submit: Further keywords of `Engine.submit`.
+        own: The class's own options of the call (see `_own_call_names`), fields filled in.
+    """
+
+    params: SamplingParams
+    timeout: float | None
+    submit: dict[str, Any]
+    own: dict[str, Any]
+
+
+class LocalModelFields(SamplingFields):
+    """Mixin of `ChatLocal` and `LocalLLM`: where the model comes from and how it is called."""
+
+    model: str = Field(default="", frozen=True)
+    """Folder, `.gguf` file, hub id or "smollm2-135m". Also accepted as `model_name`."""
+
+    engine: Any = Field(default=None, exclude=True, repr=False, frozen=True)
+    """An `engine.Engine` to use instead of the shared one. Who made it closes it."""
+
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True)
+    """Further `engine.EngineConfig` fields, such as `device`, `dtype` or `max_model_len`."""
+
+    timeout: float | None = None
+    """Seconds a request may take; then it is aborted and `RequestTimeoutError` raised."""
+
+    priority: int = 0
+    """Smaller runs sooner; equal ones first come, first served."""
+
+    cache_salt: str | None = None
+    """Requests with different salts never share prefix-cache blocks, for tenants kept apart."""
+
+    streaming: bool | None = None
+    """`True`: produce tokens one by one even in `invoke`, for callbacks that watch them."""
+
+    max_retries: int | None = None
+    """Accepted because code written for hosted models passes it. A call in this process has no
+    connection to lose: nothing is retried. See `with_retry`."""
+
+    api_key: SecretStr | None = Field(default=None, exclude=True)
+    """Accepted for the same reason. There is nobody to show it to."""
+
+    _lease: EngineLease = PrivateAttr()
+    _params_memo: tuple[dict[str, Any], SamplingParams] | None = PrivateAttr(default=None)
+
+    _own_call_names: ClassVar[tuple[str, ...]] = ()
+    """Fields of the class, beside those of this mixin, that a call may override."""
+
+    # ---------------------------------------------------------------- construction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, values: Any) -> Any:
+        """Refuse unknown names, which pydantic would drop in silence, and resolve aliases."""
+        if not isinstance(values, Mapping):
+            return values
+        check_names(values, {*cls.model_fields, *_ALIASES}, f"{cls.__name__} option")
+        options = resolve_aliases(values, _ALIASES)
+        engine = options.get("engine")
+        if engine is not None and not options.get("model"):
+            options["model"] = engine.model_name
+        return options
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        """Find bad values now, not at the first call. Loads nothing."""
+        self._lease = lease_for(self.model, self.engine_kwargs, self.engine)
+        self._sampling_params({})
+        return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """A pickle carries the engine's name and options; weights and threads stay here."""
+        state = super().__getstate__()
+        if self.engine is None:
+            return state
+        fields = {
+            **state["__dict__"],
+            "engine": None,
+            "model": self._lease.config.model,
+            "engine_kwargs": self._lease.options,
+        }
+        return {**state, "__dict__": fields}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A deep copy in the same process shares the engine."""
+        memo = {} if memo is None else memo
+        if self.engine is not None:
+            memo[id(self.engine)] = self.engine
+        return super().__deepcopy__(memo)
+
+    # ---------------------------------------------------------------- the engine
+
+    @property
+    def model_name(self) -> str:
+        """The same as `model`."""
+        return self.model
+
+    def load(self) -> Self:
+        """Load the model now instead of at the first call. Returns the object itself.
+
+        Raises:
+            ConfigError: The model is loaded in this process with other options.
+            ModelNotFoundError: The name leads nowhere.
+            UnsupportedModelError: The engine cannot run this model.
+            CapacityError: The model does not fit into memory.
+        """
+        with LANGCHAIN_ERRORS.converting():
+            self._engine()
+        return self
+
+    async def aload(self) -> Self:
+        """`load` in a worker thread, so that the event loop goes on. Same errors."""
+        with LANGCHAIN_ERRORS.converting():
+            await self._aengine()
+        return self
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Give the engine back; its memory is freed once no other living object uses it.
+
+        An `engine=` that was passed in is left to its owner. The next call loads the model again.
+
+        Args:
+            drain: Let running requests finish first.
+            timeout: Seconds to wait for them at most.
+        """
+        self._lease.close(drain=drain, timeout=timeout)
+
+    def _engine(self) -> Engine:
+        engine = self._lease.get()
+        self._on_engine(engine)
+        return engine
+
+    async def _aengine(self) -> Engine:
+        engine = await self._lease.aget()
+        self._on_engine(engine)
+        return engine
+
+    def _on_engine(self, engine: Engine) -> None:
+        """Called with the engine before each use, for what is known only once it is loaded."""
+
+    # ---------------------------------------------------------------- one call's options
+
+    def _call_options(
+        self, stop: list[str] | None, kwargs: Mapping[str, Any], **own_overrides: Any
+    ) -> CallOptions:
+        """Check the keywords of a call and put them over the fields.
+
+        Raises:
+            RequestError: A name is unknown, a value is bad, another model is asked for, or tools
+                are passed, which this version cannot serve.
+        """
+        given = {**kwargs, **own_overrides}
+        own = {name: given.pop(name, getattr(self, name)) for name in self._own_call_names}
+        timeout = given.pop("timeout", self.timeout)
+        submit = {
+            "priority": given.pop("priority", self.priority),
+            "cache_salt": given.pop("cache_salt", self.cache_salt),
+        }
+        given.pop("stream", None)  # read by LangChain, which then calls `_stream` or not
+        self._check_model(given)
+        _refuse_tools(given)
+        valid_names = (*SAMPLING_NAMES, *_ALIASES, *self._own_call_names)
+        check_names(given, (*valid_names, "timeout", "priority", "cache_salt"), "call option")
+        if stop:
+            given["stop"] = merge_stop(stop, given.get("stop"))
+        return CallOptions(self._sampling_params(given), timeout, submit, own)
+
+    def _check_model(self, given: dict[str, Any]) -> None:
+        for name in ("model", "model_name"):
+            asked = given.pop(name, None)
+            if asked is not None and asked != self.model:
+                msg = (
+                    f"{name}={asked!r} cannot be chosen per call: this object runs {self.model!r}."
+                    f" Make another {type(self).__name__}, or use configurable_alternatives."
+                )
+                raise RequestError(msg)
+
+    def _sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of a call. Those of a call without options are made once, then reused."""
+        fields = self.sampling_values()
+        if given:
+            return make_sampling_params(fields, given)
+        memo = self._params_memo
+        if memo is None or memo[0] != fields:
+            # The copy notices a later change inside a list that a field holds.
+            memo = self._params_memo = (copy.deepcopy(fields), make_sampling_params(fields))
+        return memo[1]
+
+    # ---------------------------------------------------------------- identity
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """What the answer depends on. LangChain's caches and traces use it.
+
+        The constructor's `stop` has a name of its own because LangChain writes the call's `stop`
+        over that key, and two objects with different stops must not share cache entries.
+        """
+        fields = self.sampling_values()
+        values = {name: value for name, value in fields.items() if value is not None}
+        values["constructor_stop"] = values.pop("stop", None)
+        return {"model": self.model, "engine_kwargs": self._lease.options, **values}
+
+    def _fill_ls_params(
+        self, params: LangSmithParams, stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> LangSmithParams:
+        """Complete LangSmith parameters: our provider's name and all stop strings."""
+        params["ls_provider"] = PROVIDER
+        all_stops = merge_stop(self.stop, kwargs.get("stop"), stop)
+        if all_stops:
+            params["ls_stop"] = list(all_stops)
+        return params
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """False: LangChain's loader admits classes of its own packages only."""
+        return False
+
+
+def _refuse_tools(given: dict[str, Any]) -> None:
+    for name in _TOOL_NAMES:
+        if given.pop(name, None):
+            msg = (
+                f"{name}=… asks for tool calling or structured output, which this version does "
+                "not have yet. Describe the tools or the format in the prompt and parse the answer."
+            )
+            raise RequestError(msg)

@@ -1,0 +1,201 @@
+"""The engine's outputs as LangChain's messages, generations, usage and metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import (
+    ChatGeneration,
+    ChatGenerationChunk,
+    ChatResult,
+    Generation,
+    GenerationChunk,
+)
+
+from engine import (
+    CompletionOutput,
+    Delta,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
+
+PROVIDER = "llm-connectors"
+"""`model_provider` of answers and `ls_provider` of traces; LangChain compares the two."""
+
+
+def usage_metadata(usage: Usage) -> UsageMetadata:
+    """LangChain's token counts; `cache_read` are prompt tokens taken from the prefix cache."""
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+    )
+
+
+def token_usage(*usages: Usage) -> dict[str, int]:
+    """The sum of token counts under the names of `LLMResult.llm_output["token_usage"]`."""
+    return {
+        "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+        "completion_tokens": sum(usage.completion_tokens for usage in usages),
+        "total_tokens": sum(usage.total_tokens for usage in usages),
+        "cached_tokens": sum(usage.cached_tokens for usage in usages),
+    }
+
+
+def chat_result(output: RequestOutput, model_name: str, params: SamplingParams) -> ChatResult:
+    """A finished request as a chat result with one generation per answer.
+
+    The usage of the whole request stands on the first generation alone, so that sums over
+    generations are right; `invoke` returns that one.
+    """
+    generations = []
+    for answer in output.outputs:
+        metadata = _answer_metadata(answer, model_name) | _request_metadata(output, params)
+        metadata |= _logprobs(answer, params)
+        message = AIMessage(
+            content=answer.text,
+            response_metadata=metadata,
+            usage_metadata=usage_metadata(output.usage) if answer.index == 0 else None,
+        )
+        generations.append(ChatGeneration(message=message, generation_info=dict(metadata)))
+    return ChatResult(
+        generations=generations,
+        llm_output={"token_usage": token_usage(output.usage), "model_name": model_name},
+    )
+
+
+def text_generations(
+    output: RequestOutput, model_name: str, params: SamplingParams
+) -> list[Generation]:
+    """A finished request as plain generations, one per answer; the first has the usage."""
+    generations = []
+    for answer in output.outputs:
+        info = _answer_metadata(answer, model_name) | _request_metadata(output, params)
+        info |= _logprobs(answer, params)
+        if answer.index == 0:
+            info["usage"] = token_usage(output.usage)
+        generations.append(Generation(text=answer.text, generation_info=info))
+    return generations
+
+
+def chat_chunk(
+    delta: Delta,
+    output: RequestOutput | None,
+    model_name: str,
+    params: SamplingParams,
+    *,
+    with_usage: bool,
+) -> ChatGenerationChunk:
+    """A delta as a chat chunk.
+
+    Args:
+        delta: What is new.
+        output: The finished request, with its last delta: that chunk also has the metadata.
+        model_name: As told in the metadata.
+        params: What was asked for.
+        with_usage: Put the token counts on the last chunk.
+    """
+    if output is None:
+        return ChatGenerationChunk(
+            message=AIMessageChunk(content=delta.text),
+            generation_info=_logprobs(delta, params) or None,
+        )
+    message = AIMessageChunk(
+        content=delta.text,
+        usage_metadata=usage_metadata(output.usage) if with_usage else None,
+        chunk_position="last",
+    )
+    info = _last_chunk_info(delta, output, model_name, params)
+    return ChatGenerationChunk(message=message, generation_info=info)
+
+
+def text_chunk(
+    delta: Delta, output: RequestOutput | None, model_name: str, params: SamplingParams
+) -> GenerationChunk:
+    """A delta as a plain text chunk; arguments as in `chat_chunk`."""
+    if output is None:
+        info = _logprobs(delta, params)
+    else:
+        info = _last_chunk_info(delta, output, model_name, params)
+        info["usage"] = token_usage(output.usage)
+    return GenerationChunk(text=delta.text, generation_info=info or None)
+
+
+def _last_chunk_info(
+    delta: Delta, output: RequestOutput, model_name: str, params: SamplingParams
+) -> dict[str, Any]:
+    return (
+        _answer_metadata(delta, model_name)
+        | _request_metadata(output, params)
+        | _logprobs(delta, params)
+    )
+
+
+def _answer_metadata(answer: CompletionOutput | Delta, model_name: str) -> dict[str, Any]:
+    return {
+        "model_name": model_name,
+        "model_provider": PROVIDER,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+    }
+
+
+def _request_metadata(output: RequestOutput, params: SamplingParams) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "timings": _timings(output.metrics, output.usage.completion_tokens),
+    }
+    if output.prompt_logprobs is not None:
+        num_top = params.prompt_logprobs or 0
+        metadata["prompt_logprobs"] = [
+            None if candidates is None else _position(token_id, candidates, num_top)
+            for token_id, candidates in zip(
+                output.prompt_token_ids, output.prompt_logprobs, strict=True
+            )
+        ]
+    return metadata
+
+
+def _timings(metrics: RequestMetrics, completion_tokens: int) -> dict[str, float]:
+    """What is known of: seconds queued, to the first token, in all; tokens per second after it."""
+    known = {
+        "queue_s": metrics.queue_s,
+        "time_to_first_token_s": metrics.time_to_first_token_s,
+        "total_s": metrics.total_s,
+        "tokens_per_s": metrics.tokens_per_s(completion_tokens),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _logprobs(answer: CompletionOutput | Delta, params: SamplingParams) -> dict[str, Any]:
+    """The answer's log probabilities in the shape of OpenAI's `logprobs`, when asked for."""
+    if answer.logprobs is None or params.logprobs is None:
+        return {}
+    content = [
+        _position(token_id, candidates, params.logprobs)
+        for token_id, candidates in zip(answer.token_ids, answer.logprobs, strict=True)
+    ]
+    return {"logprobs": {"content": content}}
+
+
+def _position(token_id: int, candidates: dict[int, Logprob], num_top: int) -> dict[str, Any]:
+    ranked = sorted(candidates.values(), key=lambda candidate: candidate.rank)
+    return {
+        **_token(candidates[token_id]),
+        "top_logprobs": [_token(one) for one in ranked if one.rank <= num_top],
+    }
+
+
+def _token(candidate: Logprob) -> dict[str, Any]:
+    text = candidate.decoded_token
+    is_partial = "\N{REPLACEMENT CHARACTER}" in text
+    return {
+        "token": text,
+        "bytes": None if is_partial else list(text.encode()),
+        "logprob": candidate.logprob,
+    }

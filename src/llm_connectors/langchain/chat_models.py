@@ -1,0 +1,436 @@
+"""`ChatLocal`: a LangChain chat model over the in-process engine."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
+
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+    Callbacks,
+)
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult, RunInfo
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_config_list
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import BaseModel, Field
+from typing_extensions import override
+
+from engine import Delta, RequestError, RequestOutput
+from llm_connectors.langchain._batching import serve_runs
+from llm_connectors.langchain._chat_runs import ChatListCall
+from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions, LocalModelFields
+from llm_connectors.langchain._messages import to_conversation
+from llm_connectors.langchain._outputs import chat_chunk, chat_result
+from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
+from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+class ChatLocal(LocalModelFields, BaseChatModel):
+    """A chat model that runs in this process, with every way of calling it served natively.
+
+    Making one loads nothing: the model is loaded at the first call, or by `load`, and shared by
+    all objects in the process that name it with the same engine options.
+
+        chat = ChatLocal(model="smollm2-135m", temperature=0.2)
+        chat.invoke("Why is the sky blue?").content
+        chat.batch(["One", "list", "is", "one", "batch", "on", "the", "GPU"])
+        async for chunk in chat.astream("Tell me a story"): ...
+
+    All sampling options are fields, keywords of every call, and work with `bind` and
+    `configurable_fields`. Unknown names raise. Tool calling and structured output are not there
+    yet and say so.
+
+    Raises:
+        pydantic.ValidationError: A name is unknown or a value is bad.
+    """
+
+    chat_template: str | None = None
+    """Jinja source to use instead of the model's own template."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the template, such as `enable_thinking`, and `continue_final_message`."""
+
+    stream_usage: bool = True
+    """Put the token counts on a stream's last chunk."""
+
+    _own_call_names: ClassVar[tuple[str, ...]] = (
+        "chat_template",
+        "chat_template_kwargs",
+        "stream_usage",
+    )
+
+    @property
+    def _llm_type(self) -> str:
+        return "llm-connectors-chat"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        template = {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return {**super()._identifying_params, **template}
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        return self._fill_ls_params(params, stop, kwargs)
+
+    # ---------------------------------------------------------------- one conversation
+
+    @override
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with LANGCHAIN_ERRORS.converting():
+            options = self._call_options(stop, kwargs)
+            engine = self._engine()
+            prompt = self._render(engine, messages, options)
+            handle = engine.submit(prompt, options.params, **options.submit)
+            try:
+                output = handle.result(timeout=options.timeout)
+            finally:
+                handle.abort()  # changes nothing once there is a result
+            return chat_result(output, self.model, options.params)
+
+    @override
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with LANGCHAIN_ERRORS.converting():
+            options = self._call_options(stop, kwargs)
+            engine = await self._aengine()
+            prompt = await self._arender(engine, messages, options)
+            handle = engine.submit(prompt, options.params, **options.submit)
+            output = await wait(handle, options.timeout)
+            return chat_result(output, self.model, options.params)
+
+    @override
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with LANGCHAIN_ERRORS.converting():
+            options = self._call_options(stop, kwargs)
+            check_can_stream(options)
+            engine = self._engine()
+            prompt = self._render(engine, messages, options)
+            handle = engine.submit(prompt, options.params, **options.submit)
+            with closing(iterate(handle, options.timeout)) as pieces:
+                for delta, output in pieces:
+                    yield self._chunk(delta, output, options)
+
+    @override
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        with LANGCHAIN_ERRORS.converting():
+            options = self._call_options(stop, kwargs)
+            check_can_stream(options)
+            engine = await self._aengine()
+            prompt = await self._arender(engine, messages, options)
+            handle = engine.submit(prompt, options.params, **options.submit)
+            async with aclosing(aiterate(handle, options.timeout)) as pieces:
+                async for delta, output in pieces:
+                    yield self._chunk(delta, output, options)
+
+    @override
+    def _streaming_disabled(self, **kwargs: Any) -> bool:
+        """Several answers cannot be streamed, so `stream` gives the first one in one piece."""
+        return kwargs.get("n", self.n) > 1 or super()._streaming_disabled(**kwargs)
+
+    def _chunk(
+        self, delta: Delta, output: RequestOutput | None, options: CallOptions
+    ) -> ChatGenerationChunk:
+        with_usage = options.own["stream_usage"]
+        return chat_chunk(delta, output, self.model, options.params, with_usage=with_usage)
+
+    # ---------------------------------------------------------------- lists of conversations
+
+    @override
+    def generate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        *,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        run_name: str | None = None,
+        run_id: uuid.UUID | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer several conversations, submitted together. The first error ends the call."""
+        config = RunnableConfig(callbacks=callbacks, tags=tags or [], metadata=metadata or {})
+        call = ChatListCall(self, {**kwargs, "stop": stop}, [config] * len(messages))
+        if len(messages) < 2 or call.needs_single_calls:
+            return super().generate(
+                messages,
+                stop,
+                callbacks,
+                tags=tags,
+                metadata=metadata,
+                run_name=run_name,
+                run_id=run_id,
+                **kwargs,
+            )
+        runs = call.start_together(messages, run_name, run_id)
+        served = serve_runs(runs, self._engine, lambda: call.options)
+        results = {index: cast("ChatResult", result) for index, result in served}
+        in_order = [results[index] for index in range(len(runs))]
+        return LLMResult(
+            generations=[list(result.generations) for result in in_order],
+            llm_output=self._combine_llm_outputs([result.llm_output for result in in_order]),
+            run=[RunInfo(run_id=run.run_manager.run_id) for run in runs],
+        )
+
+    @override
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answer a list of inputs, all submitted together; results in order of the inputs.
+
+        Args:
+            inputs: Strings, prompt values or message lists.
+            config: One for all or one for each. `max_concurrency` caps how many are in flight.
+            return_exceptions: Put an input's error in its place. Otherwise the first error is
+                raised and what still runs is aborted.
+            **kwargs: As `invoke`.
+
+        A rate limiter, `streaming` or a callback that wants tokens need calls of their own:
+        then each input is an `invoke` in a thread, as many at once as the engine has sequences.
+        """
+        configs = get_config_list(config, len(inputs))
+        call = ChatListCall(self, kwargs, configs)
+        if len(inputs) < 2 or call.needs_single_calls:
+            capped = self._with_thread_cap(configs)
+            return super().batch(inputs, capped, return_exceptions=return_exceptions, **kwargs)
+        outcomes = dict(self._serve_inputs(call, inputs, return_exceptions, as_completed=False))
+        return [cast("AIMessage", outcomes[index]) for index in range(len(inputs))]
+
+    @overload
+    def batch_as_completed(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, AIMessage]]: ...
+
+    @overload
+    def batch_as_completed(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: Literal[True],
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, AIMessage | Exception]]: ...
+
+    @override
+    def batch_as_completed(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, AIMessage | Exception]]:
+        """`batch`, yielding (index, answer) as answers finish. Leaving early aborts the rest."""
+        configs = get_config_list(cast("RunnableConfig", config), len(inputs))
+        call = ChatListCall(self, kwargs, configs)
+        if len(inputs) < 2 or call.needs_single_calls:
+            return super().batch_as_completed(
+                inputs,
+                self._with_thread_cap(configs),
+                return_exceptions=cast("Literal[True]", return_exceptions),
+                **kwargs,
+            )
+        return self._serve_inputs(call, inputs, return_exceptions, as_completed=True)
+
+    def _serve_inputs(
+        self,
+        call: ChatListCall,
+        inputs: Sequence[LanguageModelInput],
+        return_exceptions: bool,
+        *,
+        as_completed: bool,
+    ) -> Generator[tuple[int, AIMessage | Exception]]:
+        conversations: dict[int, list[BaseMessage]] = {}
+        for index, one in enumerate(inputs):
+            try:
+                conversations[index] = self._convert_input(one).to_messages()
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                yield index, error
+        runs = [call.start(index, messages) for index, messages in conversations.items()]
+        indices = list(conversations)
+        served = serve_runs(
+            runs,
+            self._engine,
+            lambda: call.options,
+            max_in_flight=call.max_concurrency,
+            as_completed=as_completed,
+            return_exceptions=return_exceptions,
+        )
+        with closing(served):
+            for position, outcome in served:
+                if isinstance(outcome, ChatResult):
+                    answer = cast("AIMessage", outcome.generations[0].message)
+                    yield indices[position], answer
+                else:
+                    yield indices[position], outcome
+
+    def _with_thread_cap(self, configs: list[RunnableConfig]) -> list[RunnableConfig]:
+        """Configs that let threads keep the engine busy; LangChain's own default is 32 at most."""
+        if not configs or configs[0].get("max_concurrency") is not None:
+            return configs
+        cap = min(len(configs), self._lease.config.max_num_seqs)
+        return [{**config, "max_concurrency": cap} for config in configs]
+
+    @override
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None], /) -> dict[str, Any]:
+        usages = [output["token_usage"] for output in llm_outputs if output]
+        names = {name for usage in usages for name in usage}
+        total = {name: sum(usage[name] for usage in usages) for name in sorted(names)}
+        return {"token_usage": total, "model_name": self.model}
+
+    # ---------------------------------------------------------------- tokens and templates
+
+    def _render(
+        self, engine: Engine, messages: Sequence[BaseMessage], options: CallOptions
+    ) -> list[int]:
+        return engine.apply_chat_template(
+            to_conversation(messages),
+            chat_template=options.own["chat_template"],
+            **options.own["chat_template_kwargs"],
+        )
+
+    async def _arender(
+        self, engine: Engine, messages: Sequence[BaseMessage], options: CallOptions
+    ) -> list[int]:
+        if sum(len(message.content) for message in messages) <= MAX_INLINE_CHARS:
+            return self._render(engine, messages, options)
+        return await asyncio.to_thread(self._render, engine, messages, options)
+
+    @override
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of `text` alone, without the template. Loads the model if need be."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        with LANGCHAIN_ERRORS.converting():
+            return self._engine().tokenize(text, add_special_tokens=False)
+
+    @override
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Tokens the model sees for this conversation, its template and `tools` included."""
+        if not messages:
+            return 0
+        with LANGCHAIN_ERRORS.converting():
+            token_ids = self._engine().apply_chat_template(
+                to_conversation(messages),
+                tools=[convert_to_openai_tool(tool) for tool in tools] if tools else None,
+                chat_template=self.chat_template,
+                **self.chat_template_kwargs,
+            )
+        return len(token_ids)
+
+    # ---------------------------------------------------------------- what the model can do
+
+    @override
+    def _resolve_model_profile(self) -> ModelProfile:
+        """What is known without loading the model; the rest comes with the first use."""
+        profile = ModelProfile(
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            tool_calling=False,
+            structured_output=False,
+            temperature=True,
+        )
+        if self.engine is not None:
+            profile["max_input_tokens"] = self.engine.max_model_len
+        return profile
+
+    @override
+    def _on_engine(self, engine: Engine) -> None:
+        if self.profile is not None:
+            self.profile.setdefault("max_input_tokens", engine.max_model_len)
+
+    @override
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Tool calling is not there yet.
+
+        Raises:
+            RequestError: Always, so that an agent does not run with tools nobody sees.
+        """
+        with LANGCHAIN_ERRORS.converting():
+            msg = (
+                "ChatLocal cannot call tools in this version. Describe them in the prompt and "
+                "parse the answer."
+            )
+            raise RequestError(msg)
+
+    @override
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """Structured output is not there yet.
+
+        Raises:
+            RequestError: Always, because an answer that was not held to the schema must not pass
+                for one that was.
+        """
+        with LANGCHAIN_ERRORS.converting():
+            msg = (
+                "ChatLocal cannot enforce a schema in this version. Ask for the format in the "
+                "prompt and use an output parser, for instance `chat | PydanticOutputParser(…)`."
+            )
+            raise RequestError(msg)
