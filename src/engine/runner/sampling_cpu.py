@@ -78,7 +78,8 @@ def adjust_row(x: FloatRow, state: SamplingState, row: int, position: int) -> Fl
         adjusted[ids] = np.where(position < banned_before[used], -np.inf, values)
     if state.counts is not None and state.settings[row, layout.WORD_HAS_PENALTIES]:
         floats = state.settings[row].view(np.float32)
-        ids = np.flatnonzero(state.counts[row])
+        # Through a bool array: four times as fast as looking for the non-zero int16 themselves.
+        ids = np.flatnonzero(state.counts[row] != 0)
         seen = state.counts[row, ids]
         count = (seen & layout.COUNT_MASK).astype(np.float32)
         values = adjusted[ids]
@@ -109,6 +110,8 @@ def draw_token(x: FloatRow, settings: npt.NDArray[np.int32], position: int) -> i
         weights = _weights(x, row_max, inv_temperature)
         return _invert_long_cdf(weights, uniform)
     kept = np.flatnonzero(x >= threshold)
+    if len(kept) > _SORTABLE:
+        return int(kept[_invert_long_cdf(_weights(x[kept], row_max, inv_temperature), uniform)])
     masses = np.exp((x[kept].astype(np.float64) - row_max) * inv_temperature).cumsum()
     index = int(masses.searchsorted(uniform * masses[-1], side="right"))
     return int(kept[min(index, len(kept) - 1)])
