@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
         Raises:
             RequestError: An id is negative.
         """
-        if token_ids and min(token_ids) < 0:
+        if len(token_ids) and min(token_ids) < 0:
             msg = f"Token id {min(token_ids)} is negative."
             raise RequestError(msg)
         return self._source.push(token_ids)
@@ -109,6 +109,9 @@ class StopStringMatcher:
     One per sequence; not thread-safe. A push costs time linear in the new text, plus the square of
     the longest stop string at worst.
 
+    Attributes:
+        matched: The stop string that ended the text; None before that.
+
     Args:
         stops: Stop strings; may be empty.
         include_stop: Leave the matched stop string at the end of the text.
@@ -126,19 +129,19 @@ class StopStringMatcher:
         self._first_chars = {stop[0] for stop in self._stops}
         self._max_held_chars = max(map(len, self._stops), default=1) - 1
         self._held = ""
-        self._matched: str | None = None
+        self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
         """(Text that may be shown, the stop string once one has matched).
 
         Text after a match is dropped, also that of later pushes.
         """
-        if self._matched is not None:
-            return "", self._matched
+        if self.matched is not None:
+            return "", self.matched
         seen = self._held + text
         matched, end = self._first_match(seen)
         if matched is not None:
-            self._matched, self._held = matched, ""
+            self.matched, self._held = matched, ""
             return seen[: end if self._include_stop else end - len(matched)], matched
         cut = self._start_of_possible_stop(seen)
         self._held = seen[cut:]

@@ -238,7 +238,7 @@ def check_encodable(text: str, name: str = "The text") -> None:
 
 
 def _check_ids(token_ids: Sequence[int]) -> None:
-    if token_ids and min(token_ids) < 0:
+    if len(token_ids) and min(token_ids) < 0:
         msg = f"Token id {min(token_ids)} is negative."
         raise RequestError(msg)
 
