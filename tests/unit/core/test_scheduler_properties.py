@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
 from core_fakes import Harness, shared_prompt
 from hypothesis import HealthCheck, event, given, settings
@@ -9,17 +11,22 @@ from hypothesis import HealthCheck, event, given, settings
 from engine.core.request import Sequence, SequenceStatus
 from engine.errors import CapacityError, ContextOverflowError
 
-_setups = st.fixed_dictionaries(
-    {
-        "max_num_seqs": st.integers(1, 5),
-        "budget": st.one_of(st.integers(1, 8), st.integers(1, 64)),
-        "max_model_len": st.just(40),
-        "block_size": st.sampled_from([1, 2, 4, 8]),
-        "num_blocks": st.integers(4, 40),
-        "caching": st.booleans(),
-        "steps_in_flight": st.integers(1, 4),
+@st.composite
+def _setups(draw: st.DrawFn) -> dict[str, object]:
+    """Mostly tight: room in the KV cache for one to four sequences."""
+    block_size = draw(st.sampled_from([1, 2, 4, 8]))
+    num_tokens = draw(st.one_of(st.integers(16, 60), st.just(200)))
+    return {
+        "max_num_seqs": draw(st.integers(1, 5)),
+        "budget": draw(st.one_of(st.integers(1, 8), st.integers(1, 64))),
+        "max_model_len": 40,
+        "block_size": block_size,
+        "num_blocks": num_tokens // block_size + 1,
+        "caching": draw(st.booleans()),
+        "steps_in_flight": draw(st.integers(1, 4)),
     }
-)
+
+
 _requests = st.fixed_dictionaries(
     {
         "family": st.integers(0, 1),
@@ -38,13 +45,14 @@ _requests = st.fixed_dictionaries(
 _actions = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), _requests),
+        st.tuples(st.just("submit"), _requests),
         st.tuples(st.just("turn"), st.integers(1, 6)),
         st.tuples(st.just("launch"), st.none()),
         st.tuples(st.just("collect"), st.none()),
         st.tuples(st.just("abort"), st.integers(0, 30)),
     ),
-    min_size=1,
-    max_size=30,
+    min_size=5,
+    max_size=40,
 )
 
 
@@ -94,7 +102,7 @@ def _turn_bound(harness: Harness) -> int:
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(setup=_setups, actions=_actions)
+@given(setup=_setups(), actions=_actions)
 def test_any_interleaving_gives_every_request_its_own_tokens(setup: dict, actions: list) -> None:
     harness = Harness(**setup)
     _play(harness, actions)
@@ -107,8 +115,60 @@ def test_any_interleaving_gives_every_request_its_own_tokens(setup: dict, action
     assert stats.peak_running <= setup["max_num_seqs"]
 
 
+def _long_run(seed: int) -> Harness:
+    """Far more sequences than rows, more tokens than blocks: everything happens many times."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 8])
+    harness = Harness(
+        max_num_seqs=rng.choice([3, 6]),
+        budget=rng.choice([1, 2, 7, 16, 64]),
+        max_model_len=40,
+        block_size=block_size,
+        num_blocks=rng.choice([44, 64, 96]) // block_size + 1,
+        caching=seed % 3 > 0,
+        steps_in_flight=1 + seed % 4,
+    )
+    while len(harness.submitted) < 60:
+        for _ in range(rng.randrange(6)):
+            harness.submit(
+                shared_prompt(
+                    rng.randrange(2), rng.randrange(18), rng.randrange(1, 8), rng.randrange(3)
+                ),
+                max_tokens=rng.randrange(1, 15),
+                n=rng.choice([1, 1, 2]),
+                priority=rng.choice([0, 0, 1]),
+                cache_salt=rng.choice([None, None, "mine"]),
+                needs_host_sync=rng.random() < 0.1,
+                min_tokens=rng.choice([0, 1]),
+            )
+        for _ in range(rng.randrange(8)):
+            harness.turn()
+        if harness.submitted and rng.random() < 0.2:
+            harness.abort(rng.choice(harness.submitted))
+    harness.run(max_turns=_turn_bound(harness))
+    return harness
+
+
+def test_long_random_runs_under_memory_pressure() -> None:
+    num_schedules = num_preemptions = num_drains = num_hits = num_aborted = 0
+    for seed in range(30):
+        harness = _long_run(seed)
+        stats = harness.scheduler.stats()
+        num_schedules += stats.steps
+        num_preemptions += stats.preemptions
+        num_hits += stats.prefix_hit_tokens
+        num_drains += harness.num_drains
+        num_aborted += len(harness.aborted)
+    # The runs are worth little if what they are for has hardly happened.
+    assert num_schedules > 5000
+    assert num_preemptions > 150
+    assert num_drains > 150
+    assert num_hits > 5000
+    assert num_aborted > 50
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(setup=_setups, requests=st.lists(_requests, min_size=2, max_size=8))
+@given(setup=_setups(), requests=st.lists(_requests, min_size=2, max_size=8))
 def test_first_come_first_served_within_a_priority(setup: dict, requests: list[dict]) -> None:
     harness = Harness(**setup)
     for options in requests:
@@ -158,7 +218,7 @@ def test_a_shared_prefix_is_computed_exactly_once(
 
 
 @settings(max_examples=60, deadline=None)
-@given(setup=_setups, requests=st.lists(_requests, min_size=1, max_size=6), data=st.data())
+@given(setup=_setups(), requests=st.lists(_requests, min_size=1, max_size=6), data=st.data())
 def test_abandoned_steps_leave_no_trace(setup: dict, requests: list[dict], data: st.DataObject):
     """A failed step ends those who ran in it; the others get what they would have got."""
     harness = Harness(**setup)
