@@ -222,7 +222,8 @@ class DummyCheckpoint(Checkpoint):
                 out.fill_(1.0)
                 return
             generator = torch.Generator(out.device)
-            generator.manual_seed(((self._seed << 32) ^ zlib.crc32(name.encode())) % (1 << 63))
+            # 32 bits: torch's CPU generator ignores the rest of a seed.
+            generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
             out.normal_(0.0, DUMMY_STD, generator=generator)
 
     def close(self) -> None:

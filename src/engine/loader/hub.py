@@ -20,7 +20,9 @@ from huggingface_hub.errors import (
 
 from engine.errors import ModelNotFoundError
 
-HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<file>[^:]+\.gguf))?", re.IGNORECASE)
+HUB_NAME: Final = re.compile(
+    r"(?P<repo>[a-z\d][\w.-]*/[\w.-]+)(:(?P<file>[^:]+\.gguf))?", re.IGNORECASE
+)
 """`org/name`, or `org/name:file.gguf` for one GGUF file of a repository."""
 
 _CONFIG_PATTERNS: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

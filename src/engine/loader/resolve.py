@@ -89,9 +89,9 @@ def resolve_model(
     """The files behind a model name.
 
     Args:
-        name: A Hugging Face folder, a GGUF file, a folder with one GGUF file in it, a packaged
-            model ("smollm2-135m"), a hub id (`org/name`), or one GGUF file of a hub repository
-            (`org/name:file.gguf`). A path that exists wins over the other readings.
+        name: A Hugging Face folder, a GGUF file, a folder with one GGUF file and no safetensors,
+            a packaged model ("smollm2-135m"), a hub id (`org/name`), or one GGUF file of a hub
+            repository (`org/name:file.gguf`). A path that exists wins over the other readings.
         revision: Hub branch, tag or commit. Default: the default branch.
         local_files_only: Never ask the network. The hub's cache is always looked at first.
         load_format: "dummy" needs no weights, only `config.json`.
@@ -178,9 +178,12 @@ def _is_complete(folder: Path, needs_weights: bool) -> bool:
 
 def _at_path(name: str, path: Path, load_format: str) -> ModelFiles:
     if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
+        gguf_files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        has_config = (path / CONFIG_FILE).is_file()
+        # GGUF repositories often carry the original's config.json along.
+        if has_config and (len(gguf_files) != 1 or any(path.glob("*.safetensors"))):
             return _from_folder(name, path, load_format)
-        return _from_gguf(name, _only_gguf_file(path))
+        return _from_gguf(name, _only_gguf_file(path, gguf_files))
     # A blob of a cache has no suffix, so the content decides.
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
@@ -219,8 +222,7 @@ def _from_gguf(name: str, path: Path) -> ModelFiles:
     )
 
 
-def _only_gguf_file(folder: Path) -> Path:
-    candidates = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+def _only_gguf_file(folder: Path, candidates: list[Path]) -> Path:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
