@@ -104,15 +104,16 @@ def configure_settings(
 
 
 def _set_embed_model(embed: BaseEmbedding | None) -> None:
-    # Reading Settings.embed_model would build OpenAI's default.
-    current = embed or Settings._embed_model
-    if current is None or isinstance(current, MockEmbedding):
-        warnings.warn(
-            "No embedding model is set: every node gets the same vector from MockEmbedding, so "
-            "vector retrieval ranks nothing. Pass embed=..., or retrieve by keyword.",
-            stacklevel=3,
-        )
-    Settings.embed_model = current or MockEmbedding(embed_dim=_MOCK_EMBED_DIM)
+    if embed is None:
+        # Not Settings.embed_model: reading that would build OpenAI's default.
+        embed = Settings._embed_model
+        if embed is None or isinstance(embed, MockEmbedding):
+            warnings.warn(
+                "No embedding model is set: every node gets the same vector from MockEmbedding, "
+                "so vector retrieval ranks nothing. Pass embed=..., or retrieve by keyword.",
+                stacklevel=3,
+            )
+    Settings.embed_model = embed or MockEmbedding(embed_dim=_MOCK_EMBED_DIM)
 
 
 def _template_overhead(llm: LocalLLM) -> int:

@@ -101,7 +101,8 @@ def test_stream_types(llm: LocalLLM) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [name for name in ENDPOINTS if "stream" in name])
-def test_stream_equals_whole_answer(llm: LocalLLM, endpoint: str) -> None:
+def test_stream_equals_whole_answer(llm: LocalLLM, fake: FakeEngine, endpoint: str) -> None:
+    fake.step_s = 0.01
     chunks = call(llm, endpoint)
     whole = call(llm, endpoint.replace("stream_", ""))[0]
     assert len(chunks) > 1
