@@ -127,18 +127,18 @@ def _adjust_kernel(
     start = tl.program_id(1) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     x = _load_logits(logits_row, offsets, vocab_size)
-    penalized = False
     repetition = 1.0
     frequency = 0.0
     presence = 0.0
+    num_counts = 0
     if HAS_PENALTIES:
-        penalized = _setting(settings_ptr, row, _HAS_PENALTIES) > 0
+        # Rows without penalties read no counts; zeros leave their logits as they are.
+        num_counts = tl.where(_setting(settings_ptr, row, _HAS_PENALTIES) > 0, vocab_size, 0)
         repetition = _float_setting(settings_ptr, row, _REPETITION)
         frequency = _float_setting(settings_ptr, row, _FREQUENCY)
         presence = _float_setting(settings_ptr, row, _PRESENCE)
-        mask = (offsets < vocab_size) & penalized
-        seen = tl.load(counts_row + offsets, mask=mask, other=0).to(tl.int32)
-        x = tl.where(penalized, _penalized(x, seen, repetition, frequency, presence), x)
+        seen = tl.load(counts_row + offsets, mask=offsets < num_counts, other=0).to(tl.int32)
+        x = _penalized(x, seen, repetition, frequency, presence)
     tl.store(adjusted_row + offsets, x, mask=offsets < vocab_size)
     if SPARSE_WIDTH > 0:
         position = tl.load(positions_ptr + index)
@@ -153,9 +153,9 @@ def _adjust_kernel(
         y = _load_logits(logits_row, tl.where(mine, ids, vocab_size), vocab_size) + bias
         y = tl.where(position < banned_before, -float("inf"), y)
         if HAS_PENALTIES:
-            mask = mine & penalized
+            mask = mine & (ids < num_counts)
             seen = tl.load(counts_row + ids, mask=mask, other=0).to(tl.int32)
-            y = tl.where(penalized, _penalized(y, seen, repetition, frequency, presence), y)
+            y = _penalized(y, seen, repetition, frequency, presence)
         tl.debug_barrier()
         tl.store(adjusted_row + ids, y, mask=mine)
 
