@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
+
 from engine.core.block_pool import PADDING_BLOCK_ID, BlockPool
 from engine.core.free_runs import FreeRuns
-from hypothesis import given, settings
 
 
 def _pool(num_blocks: int) -> tuple[BlockPool, list[int]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from core_fakes import Harness
+from hypothesis import given, settings
+
 from engine.core.capacity import CapacityLimits
 from engine.errors import CapacityError, ContextOverflowError, RequestError
-from hypothesis import given, settings
 
 _LIMITS = CapacityLimits(max_model_len=100, block_size=16, num_usable_blocks=5)  # 80 tokens of KV
 

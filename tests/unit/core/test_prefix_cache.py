@@ -6,8 +6,9 @@ import hashlib
 
 import hypothesis.strategies as st
 import numpy as np
-from engine.core.prefix_cache import PrefixCache, extend_block_hashes, root_hash
 from hypothesis import given, settings
+
+from engine.core.prefix_cache import PrefixCache, extend_block_hashes, root_hash
 
 _ROOT = root_hash("shared", "")
 

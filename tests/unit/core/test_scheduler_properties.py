@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, event, given, settings
 from engine.core.request import Sequence, SequenceStatus
 from engine.errors import CapacityError, ContextOverflowError
 
+
 @st.composite
 def _setups(draw: st.DrawFn) -> dict[str, object]:
     """Mostly tight: room in the KV cache for one to four sequences."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from core_fakes import EOS_ID, make_request
+
 from engine.core.request import Sequence, SequenceStatus
 from engine.core.state import SequenceTable
 
