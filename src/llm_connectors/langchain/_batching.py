@@ -288,12 +288,16 @@ class _AsCompleted:
     def _run_loop(self) -> None:
         try:
             self._loop.run_forever()
-            # Cancelling a task that awaits a request aborts the request.
-            for watcher in self._watchers:
-                watcher.cancel()
-            self._loop.run_until_complete(asyncio.gather(*self._watchers, return_exceptions=True))
+            self._loop.run_until_complete(self._cancel_watchers())
         finally:
             self._loop.close()
+
+    async def _cancel_watchers(self) -> None:
+        """Cancelling a task that awaits a request aborts the request."""
+        watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
 
     def _start_watching(self, index: int, handle: RequestHandle) -> None:
         watcher = self._loop.create_task(self._watch(index, handle))

@@ -163,8 +163,15 @@ class ChatLocal(LocalModelFields, BaseChatModel):
 
     @override
     def _streaming_disabled(self, **kwargs: Any) -> bool:
-        """Several answers cannot be streamed, so `stream` gives the first one in one piece."""
-        return kwargs.get("n", self.n) > 1 or super()._streaming_disabled(**kwargs)
+        """Also where several answers are wanted, which cannot be streamed.
+
+        Who asks for a stream is told so by an error; a handler that merely listens, such as
+        LangGraph's, must not make `invoke` fail.
+        """
+        is_asked_for = bool(kwargs.get("stream"))
+        if kwargs.get("n", self.n) > 1 and not is_asked_for:
+            return True
+        return super()._streaming_disabled(**kwargs)
 
     def _chunk(
         self, delta: Delta, output: RequestOutput | None, options: CallOptions
