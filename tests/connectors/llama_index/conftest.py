@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,15 @@ from llama_index_fake_engine import FakeEngine
 import engine
 from llm_connectors import _runtime
 from llm_connectors.llama_index import LocalLLM
+
+
+@pytest.fixture(autouse=True)
+def no_current_loop() -> None:
+    """Without a loop set, LlamaIndex's sync paths use `asyncio.run`, which closes its loop.
+
+    Otherwise they make one by `asyncio.get_event_loop` and leave it open.
+    """
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture
