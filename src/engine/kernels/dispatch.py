@@ -1,11 +1,14 @@
-"""The ops that layers call. CPU tensors take the torch path, CUDA tensors the Triton kernels.
+"""The ops that layers call. CPU tensors take `cpu`, CUDA tensors the Triton kernels.
 
-Every op here has the same name and arguments in `reference`, which states its formula.
+Every op here has the same name and arguments in `reference`, which states formula, shapes and
+rounding. Triton is imported by the first call with a CUDA tensor.
 """
 
 from __future__ import annotations
 
-from engine.kernels import reference
+import torch
+
+from engine.kernels import cpu
 from engine.kernels.metadata import AttentionMetadata
 
 PUBLIC_OPS = (
@@ -22,17 +25,132 @@ def begin_step(metadata: AttentionMetadata) -> None:
     """Forget what earlier forwards derived from `metadata`; call at the start of every forward.
 
     Layers of one forward then share what depends on the batch alone (the CPU path's plan, the
-    decode kernel's work list). Under CUDA graph capture the call belongs inside the capture. A
-    forward that never calls it is correct, but derives everything once per layer.
+    decode kernel's work list). Under CUDA graph capture the call belongs inside the capture, so
+    that a replay derives it anew. A forward that never calls it is correct, but derives everything
+    once per layer.
     """
     metadata.step_cache = {}
 
 
-rms_norm = reference.rms_norm
-add_rms_norm = reference.add_rms_norm
-act_mul = reference.act_mul
-rope_write_kv = reference.rope_write_kv
-paged_attention = reference.paged_attention
-batch_invariant_linear = reference.batch_invariant_linear
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """RMS norm of [..., H] times `weight_offset + weight`; see `reference.rms_norm`."""
+    if not x.is_cuda:
+        return cpu.rms_norm(x, weight, eps, weight_offset)
+    from engine.kernels import rms_norm as kernels
+
+    return kernels.rms_norm(x, weight, eps, weight_offset)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual += x` in place, then its RMS norm; see `reference.add_rms_norm`."""
+    if not x.is_cuda:
+        return cpu.add_rms_norm(x, residual, weight, eps, weight_offset)
+    from engine.kernels import rms_norm as kernels
+
+    return kernels.add_rms_norm(x, residual, weight, eps, weight_offset)
+
+
+def act_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`activation(gate) * up` of [T, 2 I]; see `reference.act_mul`.
+
+    Raises:
+        ConfigError: `activation` is none of "silu", "gelu", "gelu_tanh".
+    """
+    if not gate_up.is_cuda:
+        return cpu.act_mul(gate_up, activation)
+    from engine.kernels import act_mul as kernels
+
+    return kernels.act_mul(gate_up, activation)
+
+
+def rope_write_kv(
+    qkv: torch.Tensor,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm_weight: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """Norm and rotate q and k, store k and v in the cache; see `reference.rope_write_kv`.
+
+    Every layer must store all its keys and values before its attention reads the cache: sequences
+    of one step may share blocks.
+    """
+    if qkv.is_cuda:
+        from engine.kernels.rope_write_kv import rope_write_kv as op
+    else:
+        op = cpu.rope_write_kv
+    return op(
+        qkv,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        norm_eps=norm_eps,
+        norm_weight_offset=norm_weight_offset,
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+    logit_softcap: float = 0.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the step's tokens over their KV blocks; see `reference.paged_attention`.
+
+    A sequence's result does not depend on the other sequences of the batch, bit for bit.
+    """
+    if q.is_cuda:
+        from engine.kernels.attention import paged_attention as op
+    else:
+        op = cpu.paged_attention
+    return op(
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        logit_softcap=logit_softcap,
+        out=out,
+    )
+
+
+def batch_invariant_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, each row by itself; see `reference.batch_invariant_linear`."""
+    if not x.is_cuda:
+        return cpu.batch_invariant_linear(x, weight, bias)
+    from engine.kernels import batch_invariant_linear as kernels
+
+    return kernels.batch_invariant_linear(x, weight, bias)
+
 
 __all__ = [*PUBLIC_OPS, "begin_step"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -58,3 +61,16 @@ class AttentionMetadata:
     def num_decode_tokens(self) -> int:
         """Tokens of the leading decoding sequences: one each."""
         return self.num_decodes
+
+    def once_per_step(self, key: object, make: Callable[[], _T]) -> _T:
+        """`make()`, or what it returned for this key earlier in the step.
+
+        Without `dispatch.begin_step` nothing is kept: a stale answer would be worse than a slow
+        one, and only the forward knows when its step begins.
+        """
+        if self.step_cache is None:
+            return make()
+        if key not in self.step_cache:
+            self.step_cache[key] = make()
+        value: _T = self.step_cache[key]
+        return value

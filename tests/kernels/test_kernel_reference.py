@@ -1,0 +1,161 @@
+"""The plain-torch twins against PyTorch's SDPA and Hugging Face's modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import AttentionCase, make_case, make_metadata
+from transformers.activations import ACT2FN
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from engine.errors import ConfigError
+from engine.kernels import reference
+
+
+def sdpa(case: AttentionCase, row: int, sliding_window: int | None) -> torch.Tensor:
+    """One sequence's attention by F.scaled_dot_product_attention, [query_len, Hq * D]."""
+    metadata = case.metadata
+    start, end = metadata.query_start_loc[row : row + 2].tolist()
+    seq_len = int(metadata.seq_lens[row])
+    assert metadata.block_table_host is not None
+    blocks = metadata.block_table_host[row]
+    k, v = (
+        cache[blocks].flatten(0, 1)[:seq_len].transpose(0, 1) for cache in case.arguments()[1:3]
+    )
+    visible = torch.ones(seq_len, seq_len, dtype=torch.bool).tril()
+    if sliding_window:
+        visible = visible.triu(1 - sliding_window)
+    mixed = F.scaled_dot_product_attention(
+        case.q[start:end].transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=visible[seq_len - (end - start) :],
+        scale=case.softmax_scale,
+        enable_gqa=True,
+    )
+    return mixed[0].transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5, 16, 17])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_attention_equals_sdpa_in_float64(num_kv_heads: int, sliding_window: int | None) -> None:
+    case = make_case(
+        [(0, 1), (15, 1), (16, 1), (40, 1), (0, 15), (0, 16), (3, 17), (32, 33)],
+        dtype=torch.float64,
+        num_q_heads=6,
+        num_kv_heads=num_kv_heads,
+        head_dim=24,
+        block_size=16,
+    )
+    got = reference.paged_attention(
+        *case.arguments(), softmax_scale=case.softmax_scale, sliding_window=sliding_window
+    )
+    want = torch.cat([sdpa(case, row, sliding_window) for row in range(case.metadata.num_seqs)])
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
+def test_softcap_bounds_the_scores() -> None:
+    case = make_case([(0, 9)], dtype=torch.float64, num_q_heads=2, num_kv_heads=2, head_dim=16)
+    assert case.metadata.block_table_host is not None
+    k = case.k_cache[case.metadata.block_table_host[0]].flatten(0, 1)[:9]
+    v = case.v_cache[case.metadata.block_table_host[0]].flatten(0, 1)[:9]
+    # Hugging Face's eager attention of Gemma 2, spelled out.
+    scores = torch.einsum("qhd,khd->hqk", case.q, k) * 2.0
+    scores = 3.0 * torch.tanh(scores / 3.0)
+    scores = scores + torch.full((9, 9), float("-inf"), dtype=torch.float64).triu(1)
+    want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+    got = reference.paged_attention(*case.arguments(), softmax_scale=2.0, logit_softcap=3.0)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_llamas_and_gemmas_bit_for_bit(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(7, 48).to(dtype) * 3, torch.randn(48).to(dtype)
+    llama, gemma = LlamaRMSNorm(48, eps=1e-5).to(dtype), GemmaRMSNorm(48, eps=1e-5).to(dtype)
+    llama.weight.data.copy_(weight)
+    gemma.weight.data.copy_(weight)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), llama(x))
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5, weight_offset=1.0), gemma(x))
+
+
+def test_add_rms_norm_updates_the_residual_in_place() -> None:
+    x, residual, weight = torch.randn(5, 32), torch.randn(5, 32), torch.randn(32)
+    want = x + residual
+    normed, returned = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert returned is residual
+    torch.testing.assert_close(residual, want)
+    torch.testing.assert_close(normed, F.rms_norm(want, (32,), weight, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("activation", "hugging_face_name"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh")],
+)
+def test_activations_are_hugging_faces(activation: str, hugging_face_name: str) -> None:
+    gate_up = torch.randn(6, 20, dtype=torch.float64)
+    want = ACT2FN[hugging_face_name](gate_up[:, :10]) * gate_up[:, 10:]
+    torch.testing.assert_close(reference.act_mul(gate_up, activation), want)
+
+
+def test_unknown_activation_names_the_valid_ones() -> None:
+    with pytest.raises(ConfigError, match="'relu' must be one of silu, gelu, gelu_tanh"):
+        reference.act_mul(torch.randn(2, 4), "relu")
+
+
+def test_rope_is_hugging_faces_and_fills_the_slots() -> None:
+    num_q_heads, num_kv_heads, head_dim, block_size = 4, 2, 16, 16
+    metadata = make_metadata([(20, 1), (0, 19)], block_size, [[4, 1], [3, 0]])
+    metadata.slot_mapping[2] = -1
+    num_tokens = 20
+    qkv = torch.randn(num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim, dtype=torch.float64)
+    angles = torch.outer(torch.arange(32.0), 10000 ** -(torch.arange(8.0) / 8)).double()
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
+    caches = [torch.full((5, block_size, num_kv_heads, head_dim), 7.0).double() for _ in "kv"]
+    q = reference.rope_write_kv(
+        qkv,
+        metadata,
+        cos_sin,
+        *caches,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+    raw_q, raw_k, raw_v = qkv.view(num_tokens, -1, head_dim).split([4, 2, 2], dim=1)
+    cos, sin = (torch.cat((x, x), -1)[metadata.positions][None] for x in cos_sin.unbind(1))
+    want_q, want_k = apply_rotary_pos_emb(
+        raw_q.transpose(0, 1)[None], raw_k.transpose(0, 1)[None], cos, sin
+    )
+    torch.testing.assert_close(q, want_q[0].transpose(0, 1))
+    slots = metadata.slot_mapping
+    kept = slots >= 0
+    for cache, want in zip(caches, (want_k[0].transpose(0, 1), raw_v), strict=True):
+        rows = cache.flatten(0, 1)
+        torch.testing.assert_close(rows[slots[kept]], want[kept])
+        untouched = torch.ones(rows.shape[0], dtype=torch.bool)
+        untouched[slots[kept]] = False
+        assert (rows[untouched] == 7.0).all()
+
+
+def test_partial_rope_passes_the_rest_through() -> None:
+    metadata = make_metadata([(0, 6)], 16, [[0]])
+    qkv = torch.randn(6, 3 * 16, dtype=torch.float64)
+    angles = torch.rand(8, 3).double()
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
+    caches = [torch.zeros(1, 16, 1, 16).double() for _ in "kv"]
+    arguments = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 16}
+    q = reference.rope_write_kv(qkv, metadata, cos_sin, *caches, **arguments)
+    raw = qkv.view(6, 3, 16)[:, 0]
+    assert torch.equal(q[:, 0, 6:], raw[:, 6:])
+    pairs = torch.complex(raw[:, :3], raw[:, 3:6]) * torch.complex(*cos_sin[:6].unbind(1))
+    torch.testing.assert_close(q[:, 0, :6], torch.cat((pairs.real, pairs.imag), -1))
+    unrotated = reference.rope_write_kv(qkv, metadata, None, *caches, **arguments)
+    assert torch.equal(unrotated[:, 0], raw)
+
+
+def test_linear() -> None:
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    torch.testing.assert_close(
+        reference.batch_invariant_linear(x, weight, bias), F.linear(x, weight, bias)
+    )

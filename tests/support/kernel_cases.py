@@ -1,0 +1,179 @@
+"""Ragged batches over a paged cache, with everything that must not be read poisoned with NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.metadata import AttentionMetadata
+
+# |got - want| <= atol + rtol |want|, `want` computed in float64 from the same rounded inputs whose
+# values are of order 1.
+#
+# float32: sums of up to a few thousand products, each rounded to 2^-24 = 6e-8: 1e-5.
+# bfloat16: three roundings of 2^-9 = 2e-3 (relative, half an ulp): the probabilities, the output,
+#   and on the CPU's decode path the scores, of which |score| <= 4 gives 4 * 2^-9 in a probability;
+#   these average out over the keys: 4 * 2^-9 + 2 * 2^-9 = 1.2e-2, relative to values of order 1.
+# float16: the same three with 2^-12 = 2.4e-4: 1.5e-3.
+TOLERANCE = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.bfloat16: {"atol": 1.2e-2, "rtol": 1.2e-2},
+    torch.float16: {"atol": 1.5e-3, "rtol": 1.5e-3},
+}
+
+PADDING = (-1, 1)
+
+
+@dataclass
+class AttentionCase:
+    """One step's inputs. `seqs` are (computed tokens, new tokens), decodes (n, 1) first."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    metadata: AttentionMetadata
+    softmax_scale: float
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
+        return self.q, self.k_cache, self.v_cache, self.metadata
+
+    def on(self, device: torch.device) -> AttentionCase:
+        """The same case on another device."""
+        return AttentionCase(
+            self.q.to(device),
+            self.k_cache.to(device),
+            self.v_cache.to(device),
+            metadata_on(self.metadata, device),
+            self.softmax_scale,
+        )
+
+    def widened(self) -> AttentionCase:
+        """The same case in float64."""
+        return dataclasses.replace(
+            self,
+            q=self.q.double(),
+            k_cache=self.k_cache.double(),
+            v_cache=self.v_cache.double(),
+        )
+
+
+def make_metadata(
+    seqs: list[tuple[int, int]], block_size: int, block_table: list[list[int]]
+) -> AttentionMetadata:
+    """Metadata on the CPU; `PADDING` stands for a padding row of a decode batch."""
+    positions, slots = [], []
+    for (computed, new), blocks in zip(seqs, block_table, strict=True):
+        for position in range(computed, computed + new):
+            positions.append(max(position, 0))
+            slots.append(
+                blocks[position // block_size] * block_size + position % block_size
+                if blocks
+                else -1
+            )
+    query_lens = [new for _, new in seqs]
+    seq_lens = [computed + new for computed, new in seqs]
+    width = max(1, *(len(blocks) for blocks in block_table))
+    num_decodes = sum(1 for _ in itertools.takewhile(lambda seq: seq[1] == 1, seqs))
+    return AttentionMetadata(
+        positions=torch.tensor(positions),
+        slot_mapping=torch.tensor(slots),
+        block_table=torch.tensor(
+            [blocks + [0] * (width - len(blocks)) for blocks in block_table], dtype=torch.int32
+        ),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        query_lens=torch.tensor(query_lens, dtype=torch.int32),
+        query_start_loc=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32),
+        num_decodes=num_decodes,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        seq_lens_host=seq_lens,
+        query_lens_host=query_lens,
+        block_table_host=[list(blocks) for blocks in block_table],
+    )
+
+
+def metadata_on(metadata: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """A copy with its tensors on `device`."""
+    return dataclasses.replace(
+        metadata,
+        **{
+            field.name: value.to(device)
+            for field in dataclasses.fields(metadata)
+            if isinstance(value := getattr(metadata, field.name), torch.Tensor)
+        },
+        step_cache=None,
+    )
+
+
+def make_case(
+    seqs: list[tuple[int, int]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    seed: int = 0,
+    is_strided: bool = False,
+) -> AttentionCase:
+    """Random q, k, v in shuffled blocks; unused blocks and the tails of used ones hold NaN.
+
+    Args:
+        seqs: (computed tokens, new tokens) of each sequence, decodes first.
+        dtype: Of q and the caches.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Entries per head.
+        block_size: Tokens per block.
+        seed: Of values and block order.
+        is_strided: q is a slice of a wider tensor, as when it is part of a qkv projection.
+    """
+    random = torch.Generator().manual_seed(seed)
+    counts = [-(-(computed + new) // block_size) for computed, new in seqs]
+    num_blocks = sum(counts) + 3
+    order = iter(torch.randperm(num_blocks, generator=random).tolist())
+    block_table = [[next(order) for _ in range(count)] for count in counts]
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    k_cache, v_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")
+    for (computed, new), blocks in zip(seqs, block_table, strict=True):
+        for cache in (k_cache, v_cache):
+            tokens = torch.randn(
+                len(blocks) * block_size, num_kv_heads, head_dim, generator=random
+            ).to(dtype)
+            tokens[computed + new :] = float("nan")
+            cache[blocks] = tokens.view(len(blocks), *shape[1:])
+    num_tokens = sum(new for _, new in seqs)
+    q = torch.randn(num_tokens, num_q_heads + 3, head_dim, generator=random).to(dtype)
+    q = q[:, :num_q_heads] if is_strided else q[:, :num_q_heads].contiguous()
+    return AttentionCase(
+        q, k_cache, v_cache, make_metadata(seqs, block_size, block_table), head_dim**-0.5
+    )
+
+
+def only_sequence(case: AttentionCase, row: int) -> AttentionCase:
+    """The same sequence with the same cache, alone in its batch."""
+    full = case.metadata
+    start, end = full.query_start_loc[row : row + 2].tolist()
+    is_decode = row < full.num_decodes
+    return AttentionCase(
+        q=case.q[start:end].contiguous(),
+        k_cache=case.k_cache,
+        v_cache=case.v_cache,
+        metadata=AttentionMetadata(
+            positions=full.positions[start:end],
+            slot_mapping=full.slot_mapping[start:end],
+            block_table=full.block_table[row : row + 1],
+            seq_lens=full.seq_lens[row : row + 1],
+            query_lens=full.query_lens[row : row + 1],
+            query_start_loc=torch.tensor(
+                [0, end - start], dtype=torch.int32, device=full.seq_lens.device
+            ),
+            num_decodes=int(is_decode),
+            max_query_len=end - start,
+            max_seq_len=int(full.seq_lens[row]),
+        ),
+        softmax_scale=case.softmax_scale,
+    )
