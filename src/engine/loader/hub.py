@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -117,6 +118,11 @@ def _cached_or_fetched(
         in_cache = f"the cached copy {cached} is incomplete"
     except LocalEntryNotFoundError:
         in_cache = f"it is not in the cache {constants.HF_HUB_CACHE}"
+    except HFValidationError as error:
+        msg = f"{what!r} is no valid hub id: {_first_line(error)}."
+        raise ModelNotFoundError(msg) from error
+    except OSError as error:
+        in_cache = f"the cache {constants.HF_HUB_CACHE} cannot be read ({_first_line(error)})"
     at = "" if revision is None else f" at revision {revision!r}"
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"

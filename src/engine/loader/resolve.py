@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from engine.errors import (
+    CheckpointError,
     ConfigError,
     ModelNotFoundError,
     UnsupportedModelError,
@@ -102,8 +104,9 @@ def resolve_model(
         CheckpointError: The files are damaged or incomplete.
         UnsupportedModelError: The files are of a kind that is not loaded.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    # Not Path.exists: that raises for names which are too long, or of which a part is forbidden.
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):
         if revision is not None:
             msg = f"revision={revision!r} applies to hub models, but {name!r} is a local path."
             raise ConfigError(msg)
@@ -184,13 +187,23 @@ def _at_path(name: str, path: Path, load_format: str) -> ModelFiles:
         if has_config and (len(gguf_files) != 1 or any(path.glob("*.safetensors"))):
             return _from_folder(name, path, load_format)
         return _from_gguf(name, _only_gguf_file(path, gguf_files))
-    # A blob of a cache has no suffix, so the content decides.
-    with path.open("rb") as file:
-        is_gguf = file.read(4) == b"GGUF"
-    if is_gguf or path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" or _starts_as_gguf(path):
         return _from_gguf(name, path)
     msg = f"{path} is not a GGUF file. For a Hugging Face model, name the folder it is in."
     raise UnsupportedModelError(msg)
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    """Whether the content says GGUF: a blob of a cache has no suffix."""
+    if not path.is_file():
+        # Reading a pipe or a device could wait for ever.
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        msg = f"{path} cannot be read: {error}."
+        raise CheckpointError(msg) from error
 
 
 def _from_folder(name: str, folder: Path, load_format: str) -> ModelFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -187,6 +188,20 @@ def test_nearest_name(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=r"Did you mean 'smollm2-135m'\?") as caught:
         resolve_model(name)
     assert str(Path(name).absolute()) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 5000, "a/" + "x" * 300, "a\0b", "~no_such_user/m", "a/..", "a/b--c", "..."]
+)
+def test_odd_names_are_only_not_found(name: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        resolve_model(name, local_files_only=True)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnsupportedModelError, match="is not a GGUF file"):
+        resolve_model(str(tmp_path / "pipe"))
 
 
 def test_nearest_neighbour_of_a_path(tmp_path: Path) -> None:
