@@ -102,8 +102,10 @@ class FakeDevice:
         self._blocks: dict[int, list[int]] = {}
         self._owner: dict[int, Sequence] = {}
         self._history: dict[int, list[int]] = {}
-        # (block, offset) -> (domain, the whole history up to and including this token)
-        self._kv: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = {}
+        # Per row and position a digest of the domain and all tokens up to and including it.
+        self._digests: dict[int, list[int]] = {}
+        # (block, offset) -> the digest of what was written there
+        self._kv: dict[tuple[int, int], int] = {}
         self._num_blocks = num_blocks
         self.num_computed_tokens = 0
 
@@ -127,8 +129,7 @@ class FakeDevice:
         """Run the oldest launched step and return its sampled ids."""
         batch, inputs = self._queue.popleft()
         for row in batch.new_rows:
-            self._blocks[row] = []
-            self._history[row] = []
+            self._blocks[row], self._history[row], self._digests[row] = [], [], []
         for update in batch.block_updates:
             blocks = self._blocks[update.row]
             assert update.start == len(blocks), "a block update leaves a gap or repeats blocks"
@@ -151,13 +152,13 @@ class FakeDevice:
         # As in a real layer: all KV of the step is written before anybody reads.
         for row, start, end in zip(rows, batch.num_computed_tokens.tolist(), ends, strict=True):
             for position in range(start, end):
-                self._kv[self._slot(row, position)] = self._entry(row, position)
+                self._kv[self._slot(row, position)] = self._digest(row, position)
                 self.num_computed_tokens += 1
         token_ids = np.full(len(rows), -1, dtype=np.int64)
         for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
             for position in range(end):
                 found = self._kv.get(self._slot(row, position))
-                assert found == self._entry(row, position), (
+                assert found == self._digest(row, position), (
                     f"row {row} reads the KV of somebody else at position {position}"
                 )
             if batch.is_sampling[index]:
@@ -174,10 +175,16 @@ class FakeDevice:
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self._blocks[row][position // self._block_size], position % self._block_size
 
-    def _entry(self, row: int, position: int) -> tuple[str | None, tuple[int, ...]]:
+    def _digest(self, row: int, position: int) -> int:
+        digests, history = self._digests[row], self._history[row]
+        while len(digests) <= position:
+            parent = digests[-1] if digests else self._domain(row)
+            digests.append(hash((parent, history[len(digests)])))
+        return digests[position]
+
+    def _domain(self, row: int) -> str | None:
         request = self._owner[row].request
-        domain = request.cache_salt if self._caching else request.request_id
-        return domain, tuple(self._history[row][: position + 1])
+        return request.cache_salt if self._caching else request.request_id
 
 
 class Harness:
