@@ -131,9 +131,7 @@ class FakeEngine:
         for prompt in prompts:
             ids = [ord(one) for one in prompt] if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else None
-            request = FakeRequest(
-                f"fake-{next(self._ids)}", text, ids, params, submit_options
-            )
+            request = FakeRequest(f"fake-{next(self._ids)}", text, ids, params, submit_options)
             if len(ids) > self.max_model_len:
                 raise ContextOverflowError(f"{len(ids)} tokens > {self.max_model_len}.")
             if "REFUSE" in request.answer[::-1]:
@@ -207,7 +205,10 @@ class FakeEngine:
         ]
         prompt_logprobs = None
         if request.params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *({one: Logprob(-1.0, 1, chr(one))} for one in request.ids[1:])]
+            prompt_logprobs = [
+                None,
+                *({one: Logprob(-1.0, 1, chr(one))} for one in request.ids[1:]),
+            ]
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -222,9 +223,7 @@ class FakeEngine:
         if request.params.logprobs is None:
             return None
         # The sampled token is second; "?" is likelier everywhere.
-        return [
-            {63: Logprob(-0.5, 1, "?"), one: Logprob(-1.0, 2, chr(one))} for one in ids
-        ]
+        return [{63: Logprob(-0.5, 1, "?"), one: Logprob(-1.0, 2, chr(one))} for one in ids]
 
     # ---- life
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from engine import EngineError, RequestOutput
+from engine import EngineError, RequestOutput, RequestTimeoutError
 from llm_connectors.langchain._fields import CallOptions
-from llm_connectors.langchain._streaming import wait
+from llm_connectors.langchain._streaming import timeout_error, wait
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
 if TYPE_CHECKING:
@@ -250,6 +250,8 @@ class _InOrder:
         left = None if self._timeout is None else max(0.0, deadline - time.monotonic())
         try:
             outcome: RequestOutput | Exception = handle.result(timeout=left)
+        except RequestTimeoutError:
+            outcome = timeout_error(handle.request_id, self._timeout)  # names the whole limit
         except Exception as error:
             outcome = error
         self._waiting.popleft()  # only now: a KeyboardInterrupt while waiting must abort it
