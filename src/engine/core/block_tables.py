@@ -155,16 +155,6 @@ class BlockTables:
         """Physical block ids of `row`, in logical order."""
         return self._table.block_table[row, : self._table.num_blocks[row]].tolist()  # type: ignore[no-any-return]
 
-    def num_freed_by(self, rows: list[int], keep: list[int]) -> int:
-        """Blocks that become available if all of `rows` are released, those in `keep` apart."""
-        num_users: dict[int, int] = {}
-        for row in rows:
-            for block_id in self.block_ids(row):
-                num_users[block_id] = num_users.get(block_id, 0) + 1
-        for block_id in keep:
-            num_users.pop(block_id, None)
-        return sum(self.pool.ref_count(block_id) == n for block_id, n in num_users.items())
-
     # ---------------------------------------------------------------- hashes
 
     def _is_hashed(self, seq: Sequence) -> bool:

@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.core.batch import (
-    BlockUpdate,
-    CompletedStep,
-    ScheduledBatch,
-    SequenceRow,
-)
+from engine.core.batch import BlockUpdate, CompletedStep, ScheduledBatch, SequenceRow
+from engine.core.batch_builder import build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
+from engine.core.preemption import fewest_victims, rank
 from engine.core.request import Sequence, SequenceStatus
 from engine.core.running_plan import RunningPlan, plan_running
+from engine.core.sampled_tokens import SampledTokens, store_sampled
 from engine.core.scheduler_stats import SchedulerCounters, SchedulerStats
-from engine.core.state import IN_FLIGHT_TOKEN, Allocate, IndexArray, SequenceTable
+from engine.core.state import Allocate, IndexArray, SequenceTable
 from engine.core.waiting_queue import WaitingQueue
 from engine.outputs import FinishReason
 
@@ -325,7 +323,7 @@ class Scheduler:
 
     def _num_blocks_lacking(self, admission: Admission) -> int:
         """Blocks that must become available before this admission; <= 0 where it fits."""
-        headroom = self._headroom_blocks if self.num_running else 0
+        headroom = self._headroom_blocks if self._running_priorities else 0
         return admission.num_available_needed + headroom - self._pool.num_available_blocks
 
     def _register_prefill(self, row: int) -> None:
@@ -340,39 +338,20 @@ class Scheduler:
     def _make_batch(
         self, plan: RunningPlan, new: _NewRows, block_updates: list[BlockUpdate]
     ) -> ScheduledBatch:
-        table, rows, counts = self.table, plan.rows, plan.counts
+        rows, counts = plan.rows, plan.counts
         if new.rows:
             rows = np.concatenate([rows, np.array(new.rows, dtype=np.intp)])
             counts = np.concatenate([counts, np.array(new.counts, dtype=np.int32)])
-        num_tokens = int(counts.sum())
-        if num_tokens > len(rows):
-            order = np.argsort(counts > 1, kind="stable")
-            rows, counts = rows[order], counts[order]
-        end = table.num_computed_tokens[rows]
-        num_known_or_in_flight = table.num_tokens[rows]
-        is_sampling = end == num_known_or_in_flight
-        start = end - counts
-        needs_prompt_logprobs = table.needs_prompt_logprobs[rows]
-        if needs_prompt_logprobs.any():
-            # The last prompt token's logits are about the first new token.
-            needs_prompt_logprobs &= start < table.num_prompt_tokens[rows] - 1
-        sampling_rows = rows[is_sampling]
-        table.token_ids[sampling_rows, num_known_or_in_flight[is_sampling]] = IN_FLIGHT_TOKEN
-        table.num_tokens[sampling_rows] += 1
-        table.num_in_flight[sampling_rows] += 1
-        batch = ScheduledBatch(
+        batch, rows = build_batch(
+            self.table,
+            rows,
+            counts,
             step_id=self._counts.steps,
-            rows=rows.astype(np.int32),
-            num_scheduled_tokens=counts,
-            num_computed_tokens=start,
-            is_sampling=is_sampling,
-            needs_prompt_logprobs=needs_prompt_logprobs,
             new_rows=new.rows,
             block_updates=block_updates,
-            num_tokens=num_tokens,
         )
         self._counts.steps += 1
-        self._in_flight.append(_StepInFlight(batch, rows, table.epoch[rows]))
+        self._in_flight.append(_StepInFlight(batch, rows, self.table.epoch[rows]))
         return batch
 
     # ---------------------------------------------------------------- preemption
@@ -380,7 +359,7 @@ class Scheduler:
     def _victims(self, plan: RunningPlan) -> list[Sequence]:
         """Whom to preempt before `plan` can be carried out; usually nobody."""
         if plan.num_new_blocks > self._pool.num_available_blocks:
-            return [max(map(self._owner, self._running.tolist()), key=_rank)]
+            return [max(map(self._owner, self._running.tolist()), key=rank)]
         if not len(self._waiting) or plan.num_tokens >= self._max_num_batched_tokens:
             return []
         first = next(iter(self._waiting))
@@ -392,21 +371,20 @@ class Scheduler:
         """Fewest running sequences of lower priority that make room for the waiting `seq`."""
         admission = self.block_tables.plan(seq)
         num_lacking = self._num_blocks_lacking(admission) + plan.num_new_blocks
-        lacks_row = self.table.num_free_rows == 0
-        if num_lacking <= 0 and not lacks_row:
+        if num_lacking <= 0 and self.table.num_free_rows > 0:
             return []
         candidates = [
             other
             for other in map(self._owner, self._running.tolist())
             if other.request.priority > seq.request.priority
         ]
-        victims: list[Sequence] = []
-        for victim in sorted(candidates, key=_rank, reverse=True):
-            victims.append(victim)
-            rows = [other.row for other in victims]
-            if self.block_tables.num_freed_by(rows, admission.cached_block_ids) >= num_lacking:
-                return victims
-        return []
+        candidates.sort(key=rank, reverse=True)
+        return fewest_victims(
+            ((other, self.block_tables.block_ids(other.row)) for other in candidates),
+            self._pool,
+            num_blocks_lacking=num_lacking,
+            kept_block_ids=admission.cached_block_ids,
+        )
 
     def _preempt(self, victims: list[Sequence]) -> None:
         assert not self._in_flight, "a sequence was preempted with a step in flight"
@@ -429,44 +407,31 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert step.batch is batch, "steps must be completed in the order they were scheduled"
-        table, rows = self.table, step.rows
-        is_live = table.epoch[rows] == step.epochs
-        computed = batch.num_computed_tokens + batch.num_scheduled_tokens
+        is_live = self.table.epoch[step.rows] == step.epochs
         samples = batch.is_sampling & is_live
-        if not is_live.all():
-            rows, computed = rows[is_live], computed[is_live]
-        sampled_rows, new_ids = step.rows[samples], token_ids[samples]
-
-        places = table.num_tokens[sampled_rows] - table.num_in_flight[sampled_rows]
-        table.token_ids[sampled_rows, places] = new_ids
-        table.num_in_flight[sampled_rows] -= 1
-        self.block_tables.register_completed(rows, computed)
-
-        num_known = places + 1
-        is_stop = (table.stop_ids[sampled_rows] == new_ids[:, None]).any(axis=1)
-        is_stop &= num_known >= table.min_total_tokens[sampled_rows]
-        is_finished = is_stop | (num_known >= table.max_total_tokens[sampled_rows])
-        is_first = num_known == table.num_prompt_tokens[sampled_rows] + 1
-        watched = sampled_rows[table.wants_tokens[sampled_rows]].tolist()
-
+        sampled = store_sampled(self.table, step.rows[samples], token_ids[samples])
+        computed = batch.num_computed_tokens + batch.num_scheduled_tokens
+        self.block_tables.register_completed(step.rows[is_live], computed[is_live])
+        watched = sampled.rows[self.table.wants_tokens[sampled.rows]].tolist()
         done = CompletedStep(
             step_id=batch.step_id,
             watched=[SequenceRow(self._owner(row), row) for row in watched],
-            first_tokens=[self._owner(row) for row in sampled_rows[is_first].tolist()],
-            num_new_tokens=len(sampled_rows),
+            first_tokens=[self._owner(row) for row in sampled.rows[sampled.is_first].tolist()],
+            num_new_tokens=len(sampled.rows),
         )
-        if is_finished.any():
-            finished_rows = sampled_rows[is_finished].tolist()
-            done.finished = [SequenceRow(self._owner(row), row) for row in finished_rows]
-            self._free_rows(finished_rows)
-            stop_flags = is_stop[is_finished].tolist()
-            last_ids = new_ids[is_finished].tolist()
-            for (seq, _row), stops, token_id in zip(
-                done.finished, stop_flags, last_ids, strict=True
-            ):
-                by_caller = stops and token_id in (seq.request.params.stop_token_ids or ())
-                self._end(seq, "stop" if stops else "length", token_id if by_caller else None)
+        if sampled.is_finished.any():
+            done.finished = self._end_finished(sampled)
         return done
+
+    def _end_finished(self, sampled: SampledTokens) -> list[SequenceRow]:
+        ends = sampled.is_finished
+        finished = [SequenceRow(self._owner(row), row) for row in sampled.rows[ends].tolist()]
+        self._free_rows([row for _, row in finished])
+        is_stop, last_ids = sampled.is_stop[ends].tolist(), sampled.token_ids[ends].tolist()
+        for (seq, _row), stops, token_id in zip(finished, is_stop, last_ids, strict=True):
+            by_caller = stops and token_id in (seq.request.params.stop_token_ids or ())
+            self._end(seq, "stop" if stops else "length", token_id if by_caller else None)
+        return finished
 
     # ---------------------------------------------------------------- rows
 
@@ -494,7 +459,3 @@ class Scheduler:
         seq = self.table.sequences[row]
         assert seq is not None, f"row {row} has no owner"
         return seq
-
-
-def _rank(seq: Sequence) -> tuple[int, int]:
-    return (seq.request.priority, seq.arrival_index)
