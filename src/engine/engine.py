@@ -451,6 +451,13 @@ class Engine:
         """Deltas of one request as they come; leaving the loop early aborts it."""
         return iter(self.submit(prompt, params, **submit_options))
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prompt prefixes, for instance between two measurements.
+
+        Takes effect before the next request; running requests keep their blocks.
+        """
+        self._loop.post_reset_prefix_cache()
+
     # ---------------------------------------------------------------- life
 
     @classmethod

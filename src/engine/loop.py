@@ -66,6 +66,11 @@ class _Stream:
     request: Request
 
 
+@dataclass(slots=True, frozen=True)
+class _ResetPrefixCache:
+    pass
+
+
 class EngineLoop:
     """Runs steps until told to stop. `start`, `post_*` and `stop` may be called by any thread.
 
@@ -93,7 +98,7 @@ class EngineLoop:
         self._outputs = outputs
         self._counters = counters
         self._max_steps_in_flight = max_steps_in_flight
-        self._inbox: deque[_Submit | _Abort | _Stream] = deque()
+        self._inbox: deque[_Submit | _Abort | _Stream | _ResetPrefixCache] = deque()
         self._wake = threading.Event()
         self._in_flight: deque[tuple[ScheduledBatch, PendingStep]] = deque()
         # Guards the decision "accept or refuse" against the loop's end, so that no request is
@@ -139,6 +144,11 @@ class EngineLoop:
     def post_stream(self, request: Request) -> None:
         """Somebody iterates over the request's handle: publish its deltas from now on."""
         self._inbox.append(_Stream(request))
+        self._wake.set()
+
+    def post_reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes before the next submitted request."""
+        self._inbox.append(_ResetPrefixCache())
         self._wake.set()
 
     def stop(self, *, drain: bool, timeout: float | None) -> bool:
@@ -211,8 +221,10 @@ class EngineLoop:
                         self._scheduler.add(seq)
             elif isinstance(command, _Abort):
                 self._outputs.abort(command.request)
-            else:
+            elif isinstance(command, _Stream):
                 self._outputs.start_stream(command.request)
+            else:
+                self._scheduler.reset_prefix_cache()
 
     def _step(self) -> bool:
         """Launch what can be launched, then read the oldest result. False: nothing to do."""
@@ -277,10 +289,14 @@ class EngineLoop:
         while self._inbox:
             command = self._inbox.popleft()
             if isinstance(command, _Submit):
-                for request, handle in command.pairs:
-                    self._outputs.add(request, handle)
+                for _, handle in command.pairs:
+                    wake_loops(handle.publish(error=refusal_for_caller(error)))
         self._in_flight.clear()
-        self._outputs.fail_all(lambda: refusal_for_caller(error))
+        try:
+            self._outputs.fail_all(lambda: refusal_for_caller(error))
+        except Exception:
+            # Everybody has been answered by then; only the books of a dead engine are off.
+            logger.exception("The state of %s could not be cleaned up", self.name)
         self._publish()
 
 

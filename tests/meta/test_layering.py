@@ -98,7 +98,7 @@ print(json.dumps([elapsed, heavy]))
 
 @pytest.mark.parametrize("package", ["engine", "llm_connectors"])
 def test_importing_a_package_is_cheap(package: str) -> None:
-    """Budget 0.3 s; measured 0.06 s on two quiet cores. The best of five shuts out a busy machine."""
+    """Budget 0.3 s, measured 0.06 s. The best of five shuts out a busy machine."""
     times = []
     for _ in range(5):
         output = subprocess.run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import string
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+VOCAB_SIZE = 300
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -22,7 +23,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 300,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -90,9 +91,9 @@ def write_byte_tokenizer(path: Path) -> None:
     for pair in [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("an", "d")]:
         merges.append(pair)
         vocab["".join(pair)] = len(vocab)
-    while len(vocab) < 300:
-        letters = string.ascii_letters
-        pair = (letters[len(vocab) % 26], letters[26 + len(vocab) % 26])
+    for pair in itertools.product("bcdfghjklmpqrsvwxyz", "aeou"):
+        if len(vocab) == VOCAB_SIZE:
+            break
         merges.append(pair)
         vocab["".join(pair)] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False))

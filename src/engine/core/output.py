@@ -172,20 +172,34 @@ class OutputProcessor:
             self._fail(request, make_error())
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
-        """End every open request, each with an error of its own."""
-        for request in list(self._open):
-            self._fail(request, make_error())
+        """End every open request, each with an error of its own.
+
+        All callers are answered before anything else is touched, because what ended the engine
+        may have left the scheduler in a state that cannot be trusted.
+        """
+        open_requests = list(self._open)
+        for request in open_requests:
+            self._answer_with_error(request, make_error())
+        for request in open_requests:
+            self._end_sequences(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
+        if self._answer_with_error(request, error):
+            self._end_sequences(request)
+
+    def _answer_with_error(self, request: Request, error: BaseException) -> bool:
         entry = self._open.pop(request, None)
         if entry is None:
-            return
+            return False
         self._touched.pop(request, None)
         self._counters.requests_failed += 1
+        self._wakeups += entry.handle.publish(deltas=entry.deltas, error=error)
+        return True
+
+    def _end_sequences(self, request: Request) -> None:
         for seq in request.sequences:
             if seq.status is not SequenceStatus.FINISHED:
                 self._end_sequence(seq, "abort", None)
-        self._wakeups += entry.handle.publish(deltas=entry.deltas, error=error)
 
     # ---------------------------------------------------------------- one step's results
 

@@ -1,0 +1,451 @@
+"""Handles and engines from beginning to end: waiting, streaming, aborting, failing, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import (
+    ConfigError,
+    Delta,
+    Engine,
+    EngineClosedError,
+    EngineDeadError,
+    RequestHandle,
+    RequestTimeoutError,
+    SamplingParams,
+    StepError,
+)
+
+LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return condition()
+
+
+def no_blocks_held(engine: Engine) -> bool:
+    stats = engine.stats()
+    return stats.kv_blocks_used == 0 and stats.running == 0 and stats.waiting == 0
+
+
+def texts(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+# -------------------------------------------------------------------- streams
+
+
+def test_a_stream_is_the_answer_in_pieces(tiny_engine: Engine) -> None:
+    whole = tiny_engine.generate("in the", LONG).outputs[0]
+    deltas = list(tiny_engine.submit("in the", LONG))
+    assert texts(deltas) == whole.text
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == "length"
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == 400
+    assert len(deltas) > 10
+
+
+def test_a_stream_started_late_catches_up(tiny_engine: Engine) -> None:
+    handle = tiny_engine.submit("in the", SHORT)
+    output = handle.result()
+    deltas = list(handle)
+    assert texts(deltas) == output.outputs[0].text
+    assert deltas[-1].usage == output.usage
+    running = tiny_engine.submit("in the", LONG)
+    assert eventually(lambda: tiny_engine.stats().output_tokens > 20)
+    deltas = list(running)
+    assert len(deltas[0].token_ids) > 1
+    assert texts(deltas) == running.result().outputs[0].text
+
+
+def test_two_readers_of_one_stream_see_everything(tiny_engine: Engine) -> None:
+    handle = tiny_engine.submit("in the", LONG)
+    found: list[list[Delta]] = [[], []]
+
+    def read(index: int) -> None:
+        found[index] += handle
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    expected = handle.result().outputs[0].text
+    assert texts(found[0]) == texts(found[1]) == expected
+
+
+def test_deltas_of_n_answers_carry_their_index(tiny_engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, n=3, ignore_eos=True)
+    handle = tiny_engine.submit("in the", params)
+    deltas = list(handle)
+    for answer in handle.result().outputs:
+        mine = [delta for delta in deltas if delta.index == answer.index]
+        assert texts(mine) == answer.text
+        assert mine[-1].finish_reason == "length"
+    assert [delta.usage is not None for delta in deltas].count(True) == 1
+    assert deltas[-1].usage is not None
+
+
+def test_leaving_a_stream_early_aborts(tiny_engine: Engine) -> None:
+    for delta in tiny_engine.submit("in the", LONG):
+        assert delta.token_ids
+        break
+    gc.collect()
+    assert eventually(lambda: no_blocks_held(tiny_engine))
+    assert tiny_engine.stats().requests_aborted == 1
+
+
+# -------------------------------------------------------------------- abort and time-outs
+
+
+def test_abort_gives_what_was_generated(tiny_engine: Engine) -> None:
+    handle = tiny_engine.submit("in the", LONG)
+    assert eventually(lambda: tiny_engine.stats().output_tokens > 5)
+    handle.abort()
+    handle.abort()
+    output = handle.result(timeout=10)
+    assert output.outputs[0].finish_reason == "abort"
+    assert 0 < len(output.outputs[0].token_ids) < 400
+    assert no_blocks_held(tiny_engine)
+    handle.abort()
+
+
+def test_abort_of_a_waiting_request(tiny_llama: Path) -> None:
+    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=1) as engine:
+        first = engine.submit("in the", LONG)
+        waiting = engine.submit("and the", SHORT)
+        waiting.abort()
+        assert waiting.result(timeout=10).outputs[0].finish_reason == "abort"
+        assert waiting.result().outputs[0].token_ids == []
+        first.abort()
+
+
+def test_result_timeout_aborts(tiny_engine: Engine) -> None:
+    handle = tiny_engine.submit("in the", LONG)
+    with pytest.raises(RequestTimeoutError, match=r"not finished after 0\.01 s") as caught:
+        handle.result(timeout=0.01)
+    assert isinstance(caught.value, TimeoutError)
+    assert eventually(lambda: no_blocks_held(tiny_engine))
+
+
+# -------------------------------------------------------------------- asyncio
+
+
+def test_await_and_gather(tiny_engine: Engine) -> None:
+    async def main() -> list[Any]:
+        handles = [tiny_engine.submit(f"in the {index}", SHORT) for index in range(16)]
+        return await asyncio.gather(*handles)
+
+    outputs = asyncio.run(main())
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [5] * 16
+    assert tiny_engine.stats().peak_running == 16
+
+
+def test_async_stream_equals_sync_stream(tiny_engine: Engine) -> None:
+    async def main() -> str:
+        return texts([delta async for delta in tiny_engine.submit("in the", LONG)])
+
+    assert asyncio.run(main()) == tiny_engine.generate("in the", LONG).outputs[0].text
+
+
+def test_cancelling_the_awaiting_task_aborts(tiny_engine: Engine) -> None:
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(tiny_engine.submit("in the", LONG), 0.02)
+        handle = tiny_engine.submit("in the", LONG)
+        task = asyncio.ensure_future(handle)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert eventually(lambda: no_blocks_held(tiny_engine))
+    assert tiny_engine.stats().requests_aborted == 2
+
+
+def test_leaving_an_async_stream_aborts(tiny_engine: Engine) -> None:
+    async def main() -> None:
+        async for delta in tiny_engine.submit("in the", LONG):
+            assert delta.token_ids
+            break
+
+    asyncio.run(main())
+    assert eventually(lambda: no_blocks_held(tiny_engine))
+
+
+def test_one_handle_in_several_loops_and_threads(tiny_engine: Engine) -> None:
+    handle = tiny_engine.submit("in the", LONG)
+    results: list[str] = []
+
+    async def wait() -> None:
+        results.append((await handle).outputs[0].text)
+
+    async def stream() -> None:
+        results.append(texts([delta async for delta in handle]))
+
+    threads = [
+        threading.Thread(target=lambda: asyncio.run(wait())),
+        threading.Thread(target=lambda: asyncio.run(stream())),
+        threading.Thread(target=lambda: results.append(handle.result().outputs[0].text)),
+        threading.Thread(target=lambda: results.append(texts(list(handle)))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 4
+    assert len(set(results)) == 1
+
+
+def test_fifty_event_loops_one_after_the_other(tiny_engine: Engine) -> None:
+    async def ask() -> int:
+        return len((await tiny_engine.submit("in", SHORT)).outputs[0].token_ids)
+
+    assert [asyncio.run(ask()) for _ in range(50)] == [5] * 50
+
+
+def test_the_event_loop_is_never_blocked(tiny_engine: Engine) -> None:
+    async def main() -> float:
+        worst_s = 0.0
+        tasks = [asyncio.ensure_future(tiny_engine.submit("in", LONG)) for _ in range(8)]
+        while not all(task.done() for task in tasks):
+            before_s = time.perf_counter()
+            await asyncio.sleep(0.001)
+            worst_s = max(worst_s, time.perf_counter() - before_s)
+        return worst_s
+
+    assert asyncio.run(main()) < 0.25
+
+
+# -------------------------------------------------------------------- lists
+
+
+def test_keyboard_interrupt_in_a_batch_leaves_the_engine_usable(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RequestHandle.result
+    calls = iter(range(100))
+
+    def interrupted(self: RequestHandle, timeout: float | None = None) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(self, timeout)
+
+    monkeypatch.setattr(RequestHandle, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_engine.generate(["in", "the", "and"], LONG)
+    monkeypatch.undo()
+    assert eventually(lambda: no_blocks_held(tiny_engine))
+    assert len(tiny_engine.generate("in", SHORT).outputs[0].token_ids) == 5
+
+
+def test_list_in_list_out(tiny_engine: Engine) -> None:
+    one = tiny_engine.generate("in the", SHORT)
+    many = tiny_engine.generate(["in the"], SHORT)
+    assert one.outputs[0].token_ids == many[0].outputs[0].token_ids
+    assert tiny_engine.generate([], SHORT) == []
+    per_prompt = [SHORT, SHORT.replace(max_tokens=2)]
+    outputs = tiny_engine.generate(["in", [5, 6]], per_prompt, use_tqdm=True)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [5, 2]
+    assert [output.prompt for output in outputs] == ["in", None]
+    chats = tiny_engine.chat([[{"role": "user", "content": "in"}]] * 2, SHORT)
+    single = tiny_engine.chat([{"role": "user", "content": "in"}], SHORT)
+    assert chats[1].outputs[0].token_ids == single.outputs[0].token_ids
+
+
+# -------------------------------------------------------------------- failures
+
+
+class FailingOnce:
+    """Wraps a runner's `execute`: one call raises, the others go through."""
+
+    def __init__(self, execute: Any, error: Exception) -> None:
+        self.execute, self.error, self.is_armed = execute, error, False
+
+    def __call__(self, batch: Any) -> Any:
+        if self.is_armed:
+            self.is_armed = False
+            raise self.error
+        return self.execute(batch)
+
+
+def break_runner(engine: Engine, error: Exception) -> FailingOnce:
+    parts = engine._parts
+    assert parts is not None
+    failing = FailingOnce(parts.runner.execute, error)
+    parts.runner.execute = failing  # type: ignore[method-assign]
+    return failing
+
+
+def test_a_failed_step_ends_its_requests_and_nothing_else(tiny_engine: Engine) -> None:
+    expected = tiny_engine.generate("in the", SHORT).outputs[0].token_ids
+    failing = break_runner(tiny_engine, MemoryError("out of memory, says the test"))
+    handles = tiny_engine.submit_many(["in the", "and"], LONG)
+    assert eventually(lambda: tiny_engine.stats().output_tokens > 20)
+    failing.is_armed = True
+    for handle in handles:
+        with pytest.raises(StepError, match="out of memory, says the test") as caught:
+            handle.result(timeout=10)
+        assert isinstance(caught.value.__cause__, MemoryError)
+    assert no_blocks_held(tiny_engine)
+    assert tiny_engine.generate("in the", SHORT).outputs[0].token_ids == expected
+    assert tiny_engine.stats().requests_failed == 2
+
+
+def test_a_dead_loop_tells_every_caller(tiny_llama: Path) -> None:
+    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+    assert engine._parts is not None
+    scheduler = engine._parts.scheduler
+    waiting = engine.submit("in the", LONG)
+    stream = iter(engine.submit("in the", LONG))
+    next(stream)
+
+    def broken() -> None:
+        raise ZeroDivisionError("planted")
+
+    scheduler.schedule = broken  # type: ignore[assignment, method-assign]
+    for read in (lambda: waiting.result(timeout=10), lambda: list(stream)):
+        with pytest.raises(EngineDeadError, match="ZeroDivisionError: planted") as caught:
+            read()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(EngineDeadError):
+        engine.submit("in the", SHORT)
+    assert engine.is_closed
+    engine.close()
+
+
+# -------------------------------------------------------------------- closing
+
+
+def test_close_drains_by_default(tiny_llama: Path) -> None:
+    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+    handle = engine.submit("in the", LONG)
+    engine.close()
+    assert len(handle.result(timeout=1).outputs[0].token_ids) == 400
+    with pytest.raises(EngineClosedError, match="closed"):
+        engine.submit("in", SHORT)
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{"drain": False}, {"drain": True, "timeout": 0.01}])
+def test_close_without_draining(tiny_llama: Path, options: dict[str, Any]) -> None:
+    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+    handles = engine.submit_many(["in", "the"] * 4, LONG)
+    engine.close(**options)
+    for handle in handles:
+        with pytest.raises(EngineClosedError):
+            handle.result(timeout=10)
+
+
+def test_leaving_the_with_block_by_an_error_does_not_wait(tiny_llama: Path) -> None:
+    with (
+        pytest.raises(KeyError),
+        Engine(str(tiny_llama), device="cpu", num_threads=1) as engine,
+    ):
+        handle = engine.submit("in the", LONG)
+        raise KeyError
+    with pytest.raises(EngineClosedError):
+        handle.result(timeout=10)
+
+
+def test_a_handle_keeps_its_engine_alive(tiny_llama: Path) -> None:
+    handle = Engine(str(tiny_llama), device="cpu", num_threads=1).submit("in the", LONG)
+    gc.collect()
+    assert len(handle.result(timeout=20).outputs[0].token_ids) == 400
+
+
+def test_an_engine_nobody_holds_ends_its_thread(tiny_llama: Path) -> None:
+    before = threading.active_count()
+    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+    assert threading.active_count() == before + 1
+    engine.generate("in", SHORT)
+    del engine
+    gc.collect()
+    assert eventually(lambda: threading.active_count() == before)
+
+
+def test_an_idle_engine_uses_no_cpu(tiny_engine: Engine) -> None:
+    tiny_engine.generate("in", SHORT)
+    time.sleep(0.05)
+    before_s = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before_s < 0.05
+
+
+# -------------------------------------------------------------------- sharing
+
+
+def test_shared_engines_are_one_and_counted(tiny_llama: Path) -> None:
+    options = {"device": "cpu", "num_threads": 1}
+    found: list[Engine] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(Engine.shared(str(tiny_llama), **options)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(engine is found[0] for engine in found)
+    for _ in range(3):
+        found[0].close()
+    assert len(found[0].generate("in", SHORT).outputs[0].token_ids) == 5
+    with pytest.raises(ConfigError, match=r"max_num_seqs: loaded with 256, asked for 8"):
+        Engine.shared(str(tiny_llama), max_num_seqs=8, **options)
+    found[0].close()
+    assert found[0].is_closed
+    again = Engine.shared(str(tiny_llama), max_num_seqs=8, **options)
+    assert again is not found[0]
+    again.close()
+
+
+# -------------------------------------------------------------------- interpreter exit
+
+_EXIT = """
+import sys, threading
+from engine import Engine, SamplingParams
+engine = Engine(sys.argv[1], device="cpu", num_threads=1)
+params = SamplingParams(max_tokens=400, ignore_eos=True)
+handles = [engine.submit("in the", params) for _ in range(4)]
+stream = iter(engine.submit("in the", params))
+next(stream)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("sys.exit(3)", 3), ("raise KeyError('planted')", 1)],
+)
+def test_interpreter_exit_with_requests_in_flight(tiny_llama: Path, ending: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _EXIT.format(ending=ending), str(tiny_llama)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    errors = done.stderr.replace("KeyError: 'planted'", "")
+    assert "Fatal" not in errors
+    assert "EngineClosedError" not in errors
+    assert ("Traceback" in errors) == (code == 1)
