@@ -49,7 +49,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 33, 70])
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 70])
 def test_whole_prompt_in_one_step(family: str, num_tokens: int) -> None:
     model, decoder = models(family)
     token_ids = random_ids(num_tokens, seed=num_tokens)

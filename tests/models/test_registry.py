@@ -41,10 +41,18 @@ def test_defaults_of_a_minimal_config_are_those_of_transformers() -> None:
     assert described.head_dim == 16
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "family", ["Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Gemma2", "Gemma3"]
+)
 def test_defaults_of_other_families_are_those_of_transformers(family: str) -> None:
-    minimal = {**LLAMA, "num_key_value_heads": 2, "architectures": [f"{family}ForCausalLM"]}
-    hf = getattr(transformers, f"{family}Config")(
+    minimal = {
+        **LLAMA,
+        "num_hidden_layers": 13,
+        "num_key_value_heads": 2,
+        "architectures": [f"{family}ForCausalLM"],
+    }
+    class_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    hf = getattr(transformers, class_name)(
         **{key: value for key, value in minimal.items() if key != "architectures"}
     )
     described = decoder_config(minimal)
@@ -65,6 +73,27 @@ def test_windows_by_layer() -> None:
     assert windows(qwen, **on, max_window_layers=2) == (None, None, 9, 9)
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     assert windows(qwen, **on, layer_types=types) == (None, 9, None, None)
+
+
+def test_gemma3_reads_its_old_spelling_as_transformers_does() -> None:
+    old = {
+        **LLAMA,
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 700.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 2,
+        "sliding_window": 32,
+    }
+    hf = transformers.Gemma3TextConfig(**{k: v for k, v in old.items() if k != "architectures"})
+    described = decoder_config(old)
+    assert described == decoder_config({**hf.to_dict(), "architectures": old["architectures"]})
+    local, everywhere = described.ropes
+    assert local is not None
+    assert everywhere is not None
+    assert (local.kind, local.theta, everywhere.kind, everywhere.theta) == (
+        ("default", 700.0, "linear", 5e5)
+    )
 
 
 def test_unknown_architecture_is_named_with_the_supported_ones() -> None:

@@ -20,6 +20,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 # Test id -> (transformers config class, what differs from SIZES).
@@ -48,6 +51,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True,
             "sliding_window": 21,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 18},
+    ),
+    "smollm3-list": (
+        "SmolLM3Config",
+        {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "sliding_window": 15, "query_pre_attn_scalar": 24},
+    ),
+    "gemma2-caps": (
+        "Gemma2Config",
+        {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "sliding_window": 15, "sliding_window_pattern": 3},
+    ),
+    "gemma3-scaled": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": 15,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 2.5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
         },
     ),
 }
@@ -80,7 +125,7 @@ def hf_model(family: str, seed: int = 0, **overrides: Any) -> Any:
         for name, parameter in model.named_parameters():
             # Norms start as ones and biases as zeros: too tame to show a mistake.
             scale = 0.3 if parameter.dim() == 1 else 0.12
-            offset = 1.0 if "norm" in name else 0.0
+            offset = 1.0 if "norm" in name and "gemma" not in family else 0.0
             parameter.data = torch.randn_like(parameter) * scale + offset
     return model.eval().requires_grad_(False)
 

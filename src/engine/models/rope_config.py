@@ -26,16 +26,56 @@ def read_rope(config: ConfigReader, head_dim: int, *, default_theta: float = 1e4
     Raises:
         UnsupportedModelError: The kind is unknown, or one of its numbers missing or nonsense.
     """
-    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    if not isinstance(values, Mapping):
-        raise config.error(key, "must be an object")
+    values = _mapping(config, key)
     if any(isinstance(value, Mapping) for value in values.values()):
         raise config.error(key, "differs between layers, which this architecture does not support")
-    merged = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    merged |= {name: value for name, value in values.items() if value is not None}
-    rope = ConfigReader(merged, f"{config.owner} {key}")
+    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    return _rope(config, key, {**beside, **values}, head_dim, default_theta)
 
+
+def read_rope_by_layer_type(config: ConfigReader, head_dim: int) -> dict[str, RopeConfig]:
+    """Gemma 3's two rotations: "full_attention" and "sliding_attention" -> rotation.
+
+    In the old spelling `rope_scaling` and `rope_theta` are those of full attention, and
+    `rope_local_base_freq` is the base of sliding attention.
+
+    Raises:
+        UnsupportedModelError: As `read_rope`.
+    """
+    nested = _mapping(config, "rope_parameters")
+    ropes = {}
+    for layer_type, theta_key, default_theta in (
+        ("full_attention", "rope_theta", 1e6),
+        ("sliding_attention", "rope_local_base_freq", 1e4),
+    ):
+        values = nested.get(layer_type) or {}
+        if layer_type == "full_attention":
+            values = {**values, **_mapping(config, "rope_scaling")}
+        values = {"rope_theta": config.get(theta_key), **values}
+        ropes[layer_type] = _rope(
+            config, f"rope_parameters[{layer_type!r}]", values, head_dim, default_theta
+        )
+    return ropes
+
+
+def _mapping(config: ConfigReader, key: str) -> dict[str, Any]:
+    """The object under `key` without its nulls; empty where absent."""
+    values = config.get(key, {})
+    if not isinstance(values, Mapping):
+        raise config.error(key, "must be an object")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _rope(
+    config: ConfigReader,
+    key: str,
+    values: Mapping[str, Any],
+    head_dim: int,
+    default_theta: float,
+) -> RopeConfig:
+    """A rotation from its own numbers and the config around them."""
+    rope = ConfigReader(values, f"{config.owner} {key}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise rope.error("rope_type", f"is not supported; known are {', '.join(ROPE_KINDS)}")

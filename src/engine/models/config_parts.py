@@ -1,0 +1,98 @@
+"""What the families' `config.json` files spell alike, for the builders in `families`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.models.config_reader import ConfigReader
+from engine.models.description import DecoderConfig
+from engine.models.rope_config import read_rope
+
+# transformers' name -> the name that kernels know.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def llama_like(
+    config: ConfigReader,
+    *,
+    default_head_dim: int | None = None,
+    default_theta: float = 1e4,
+    activation_key: str = "hidden_act",
+    default_activation: str = "silu",
+    default_tied: bool = False,
+    **switches: Any,
+) -> DecoderConfig:
+    """A description with Llama's spelling of sizes, and the family's own switches on top.
+
+    Args:
+        config: The config.
+        default_head_dim: Where the config has none. Default: hidden size per query head.
+        default_theta: Base of the rotation where the config has none.
+        activation_key: How the family spells "hidden_act".
+        default_activation: Where the config has none.
+        default_tied: Whether the output projection is the embedding where the config says nothing.
+        **switches: `DecoderConfig` fields that the family sets itself.
+
+    Raises:
+        UnsupportedModelError: A key is missing, holds nonsense, or asks for something unsupported.
+    """
+    if config.get("quantization_config") is not None:
+        raise config.error("quantization_config", "is not supported; use unquantised weights")
+    hidden_size = config.size("hidden_size")
+    num_layers = config.size("num_hidden_layers")
+    num_q_heads = config.size("num_attention_heads")
+    num_kv_heads = config.size("num_key_value_heads", num_q_heads)
+    if num_q_heads % num_kv_heads:
+        raise config.error("num_key_value_heads", f"must divide num_attention_heads={num_q_heads}")
+    if config.get("head_dim") is None and default_head_dim is None and hidden_size % num_q_heads:
+        raise config.error("hidden_size", f"must be a multiple of the {num_q_heads} heads")
+    head_dim = config.size("head_dim", default_head_dim or hidden_size // num_q_heads)
+    activation = config.get(activation_key, default_activation)
+    if activation not in ACTIVATIONS:
+        raise config.error(activation_key, f"must be one of {', '.join(ACTIVATIONS)}")
+    if "ropes" not in switches:
+        rope = read_rope(config, head_dim, default_theta=default_theta)
+        switches["ropes"] = (rope,) * num_layers
+    fields: dict[str, Any] = {
+        "sliding_windows": (None,) * num_layers,
+        "softmax_scale": head_dim**-0.5,
+        **switches,
+    }
+    return DecoderConfig(
+        architecture=config.owner,
+        vocab_size=config.size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.size("intermediate_size"),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=config.size("max_position_embeddings"),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        activation=ACTIVATIONS[activation],
+        tie_word_embeddings=config.flag("tie_word_embeddings", default_tied),
+        **fields,
+    )
+
+
+def sliding_layers(config: ConfigReader, default: list[bool]) -> list[bool]:
+    """Which layers have a sliding window: `layer_types` where given, else the family's rule."""
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        return default
+    if not isinstance(layer_types, list) or len(layer_types) != len(default):
+        raise config.error("layer_types", f"must be a list of {len(default)} entries")
+    if not all(kind in ("full_attention", "sliding_attention") for kind in layer_types):
+        raise config.error("layer_types", "may hold 'full_attention' and 'sliding_attention'")
+    return [kind == "sliding_attention" for kind in layer_types]
+
+
+def windows(is_sliding: list[bool], window: int | None) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    return tuple(window if sliding else None for sliding in is_sliding)
