@@ -130,6 +130,15 @@ def test_some_blocks_are_left_for_the_running() -> None:
     harness.run()
 
 
+def test_room_is_left_among_those_admitted_together() -> None:
+    harness = Harness(block_size=1, num_blocks=201, max_model_len=200, budget=512)
+    first = _one(harness, 1, 100, max_tokens=50)
+    tight = _one(harness, 2, 99, max_tokens=2)  # 100 + 99 + 2 > 200
+    harness.turn()
+    assert _statuses(first, tight) == "rw"
+    harness.run()
+
+
 def test_smaller_priority_values_run_first() -> None:
     harness = Harness(max_num_seqs=1)
     sequences = [_one(harness, 1, 3, priority=p, max_tokens=2) for p in (1, 0, -1, 0)]

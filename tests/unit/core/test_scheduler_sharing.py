@@ -69,13 +69,15 @@ def test_salts_separate_and_equal_salts_share() -> None:
 def test_without_the_cache_only_the_answers_of_one_request_share() -> None:
     harness = Harness(block_size=4, caching=False, max_num_seqs=8)
     one = harness.submit([7] * 9, n=3)
-    other = harness.submit([7] * 9)
+    single = harness.submit([7] * 9)
+    other = harness.submit([7] * 9, n=2)
     harness.launch()
     assert [seq.num_cached_tokens for seq in one.sequences] == [0, 8, 8]
-    assert other.sequences[0].num_cached_tokens == 0
-    assert harness.scheduler.stats().prefix_query_tokens == 27
+    assert [seq.num_cached_tokens for seq in single.sequences] == [0]
+    assert [seq.num_cached_tokens for seq in other.sequences] == [0, 8]
+    assert harness.scheduler.stats().prefix_query_tokens == 45
     harness.run()
-    assert harness.scheduler.stats().prefix_hit_tokens == 16
+    assert harness.scheduler.stats().prefix_hit_tokens == 24
 
 
 @pytest.mark.parametrize("budget", [1, 3, 5, 64])
