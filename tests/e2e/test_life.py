@@ -357,14 +357,17 @@ def test_close_without_draining(tiny_llama: Path, options: dict[str, Any]) -> No
 
 
 def test_leaving_the_with_block_by_an_error_does_not_wait(tiny_llama: Path) -> None:
-    with (
-        pytest.raises(KeyError),
-        Engine(str(tiny_llama), device="cpu", num_threads=1) as engine,
-    ):
-        handle = engine.submit("in the", LONG)
-        raise KeyError
+    handles = []
+
+    def fail_inside() -> None:
+        with Engine(str(tiny_llama), device="cpu", num_threads=1) as engine:
+            handles.append(engine.submit("in the", LONG))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     with pytest.raises(EngineClosedError):
-        handle.result(timeout=10)
+        handles[0].result(timeout=10)
 
 
 def test_a_handle_keeps_its_engine_alive(tiny_llama: Path) -> None:

@@ -1,0 +1,46 @@
+"""Every example runs as it stands, is short, and prints something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+pytestmark = pytest.mark.demo_model
+
+
+def test_the_examples_are_all_there() -> None:
+    assert set(NAMES) == {
+        "demo.py",
+        "langchain_async.py",
+        "langchain_batch.py",
+        "llama_index_rag.py",
+        "offline_batch.py",
+        "one_engine_for_both.py",
+        "quickstart.py",
+        "streaming.py",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs(name: str, demo_model: str, tmp_path: Path) -> None:
+    if name != "demo.py":
+        assert len((EXAMPLES / name).read_text().splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # nothing may depend on the checkout
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.strip()) > 20
