@@ -174,6 +174,17 @@ def test_a_request_of_higher_priority_takes_blocks_from_as_few_as_possible() -> 
     harness.run()
 
 
+def test_growth_of_the_running_counts_before_the_urgent_one_s_need() -> None:
+    harness = Harness(max_num_seqs=8, block_size=4, num_blocks=9)
+    _one(harness, 1, 8, priority=0, max_tokens=3)  # takes a third block in the next step
+    low = _one(harness, 2, 3, priority=1)
+    harness.turn()
+    urgent = _one(harness, 3, 20, priority=0, max_tokens=2)  # just the 5 blocks that are free
+    harness.launch()
+    assert _statuses(low, urgent) == "wr"
+    harness.run()
+
+
 def test_equal_priority_takes_nothing() -> None:
     harness = Harness(max_num_seqs=1)
     runs, waits = _one(harness, 1, 3), _one(harness, 2, 3)
