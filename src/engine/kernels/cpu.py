@@ -165,7 +165,7 @@ def rope_write_kv(
     norm_weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """See `reference.rope_write_kv`. The caches must be contiguous."""
-    heads = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, head_dim))
+    heads: torch.Tensor = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, head_dim))
     q_and_k = heads[:, : num_q_heads + num_kv_heads]
     v = heads[:, num_q_heads + num_kv_heads :]
     if q_norm_weight is not None or k_norm_weight is not None:

@@ -1,0 +1,48 @@
+"""Attention of a mixed batch on a GPU: decodes to one kernel, prefills to the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.kernels.decode_attention import decode_attention
+from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_attention import prefill_attention
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+    logit_softcap: float = 0.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `reference.paged_attention`. Both caches have equal strides, 1 along head_dim.
+
+    Rows of q past the last sequence (padded graphs) are zero in a new `out` and untouched in a
+    given one.
+    """
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_decodes = metadata.num_decodes
+    if out is None:
+        # With the lists on the host every row belongs to a sequence and is written.
+        may_have_spare_rows = num_tokens > num_decodes and metadata.query_lens_host is None
+        make = torch.zeros if may_have_spare_rows else torch.empty
+        out = make((num_tokens, num_q_heads * head_dim), dtype=q.dtype, device=q.device)
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "sliding_window": sliding_window,
+        "logit_softcap": logit_softcap,
+    }
+    if num_decodes:
+        decode_attention(q[:num_decodes], k_cache, v_cache, metadata, out[:num_decodes], **options)
+    if metadata.num_seqs > num_decodes:
+        prefill_attention(q, k_cache, v_cache, metadata, out, **options)
+    return out

@@ -1,0 +1,147 @@
+"""The inner loop that decode and prefill attention share: queries over tiles of paged keys.
+
+    s = q k^T scale,  or  cap tanh(q k^T scale / cap)
+    m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p;  acc = acc 2^(m - m') + p v
+
+the online softmax of FlashAttention (Dao et al., arXiv 2205.14135) with base 2: `scale` arrives
+multiplied by log2 e. Keys come from the block table: where a block holds at least one tile, one
+scalar block id addresses the tile (constant strides, no arithmetic per lane); smaller blocks are
+addressed by one id per key.
+
+Numerics: scores, m, l and acc are fp32; p is rounded to v's dtype for the product. An extra tile
+that is wholly masked for a row multiplies by 2^0 and adds zeros: a row's bits depend on the keys it
+sees alone, not on the rows it shares a program with. fp32 inputs are multiplied as IEEE fp32.
+"""
+
+# Kernels annotate their compile-time parameters only; the rest are Triton values.
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+# First tile of a window starts at a multiple of this, whatever the tile size.
+KEY_ALIGNMENT = 64
+
+
+@triton.jit
+def attend_tiles(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    query_positions,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    first_tile,
+    low_key,
+    end_key,
+    score_scale,
+    softcap,
+    stride_block,
+    stride_token,
+    IS_MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Run keys [first_tile, end_key) past the queries; returns (acc, row_max, row_sum).
+
+    Args:
+        acc: [BLOCK_M, BLOCK_D] fp32.
+        row_max: [BLOCK_M] fp32, -inf at first.
+        row_sum: [BLOCK_M] fp32.
+        q: [BLOCK_M, BLOCK_D], zero beyond HEAD_DIM.
+        query_positions: [BLOCK_M] int32; read where IS_MASKED.
+        k_ptr: Cache, advanced to the KV head.
+        v_ptr: Likewise; same strides.
+        block_table_ptr: Row of the sequence.
+        first_tile: Multiple of BLOCK_N.
+        low_key: Keys before it are not read where IS_MASKED (their blocks may be gone).
+        end_key: Keys from here on are not read; a multiple of BLOCK_N unless IS_MASKED.
+        score_scale: softmax_scale * log2 e, or softmax_scale / cap with HAS_SOFTCAP.
+        softcap: cap * log2 e.
+        stride_block: Between blocks.
+        stride_token: Between tokens of a block.
+        IS_MASKED: Compare every key with every query's position.
+        WINDOW: Keys a query sees, itself included; 0 for all.
+        HAS_SOFTCAP: Whether scores are bounded.
+        HEAD_DIM: D.
+        BLOCK_D: Power of two >= D.
+        BLOCK_N: Keys per tile.
+        BLOCK_SIZE: Tokens per block, a power of two.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    in_tile = tl.arange(0, BLOCK_N)
+    is_column = (columns < HEAD_DIM)[None, :]
+    for tile in range(first_tile, end_key, BLOCK_N):
+        keys = tile + in_tile
+        if BLOCK_SIZE >= BLOCK_N:
+            block_id = tl.load(block_table_ptr + tile // BLOCK_SIZE).to(tl.int64)
+            places = block_id * stride_block + (tile % BLOCK_SIZE + in_tile) * stride_token
+        else:
+            block_ids = tl.load(
+                block_table_ptr + keys // BLOCK_SIZE, mask=keys < end_key, other=0
+            ).to(tl.int64)
+            places = block_ids * stride_block + (keys % BLOCK_SIZE) * stride_token
+        places = places[:, None] + columns[None, :]
+        if IS_MASKED:
+            is_read = ((keys >= low_key) & (keys < end_key))[:, None] & is_column
+            k = tl.load(k_ptr + places, mask=is_read, other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            k = tl.load(k_ptr + places)
+        else:
+            k = tl.load(k_ptr + places, mask=is_column, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SOFTCAP:
+            # tanh(x) = 2 sigmoid(2 x) - 1: no device library, and the interpreter has it.
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * score_scale * scores) - 1.0)
+        else:
+            scores = scores * score_scale
+        if IS_MASKED:
+            visible = (keys[None, :] <= query_positions[:, None]) & (keys < end_key)[None, :]
+            if WINDOW > 0:
+                visible = visible & (keys[None, :] > query_positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        shift = new_max
+        if IS_MASKED:
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probs = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+        acc = acc * rescale[:, None]
+        if IS_MASKED:
+            v = tl.load(v_ptr + places, mask=is_read, other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            v = tl.load(v_ptr + places)
+        else:
+            v = tl.load(v_ptr + places, mask=is_column, other=0.0)
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+def score_factors(softmax_scale: float, logit_softcap: float) -> tuple[float, float]:
+    """(`score_scale`, `softcap`) of `attend_tiles`."""
+    if logit_softcap:
+        return softmax_scale / logit_softcap, logit_softcap * LOG2_E
+    return softmax_scale * LOG2_E, 0.0
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 2 on the CPU, where only Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

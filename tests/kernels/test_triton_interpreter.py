@@ -1,0 +1,37 @@
+"""Runs `test_triton_kernels.py` in Triton's interpreter, where there is no GPU to run it on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Cases of `test_triton_kernels.py` in the interpreter: fewer means that some were lost.
+MIN_PASSED = 40
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_in_the_interpreter() -> None:
+    root = Path(__file__).parents[2]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton_kernels.py"],
+        cwd=root,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", finished.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) >= MIN_PASSED

@@ -1,0 +1,381 @@
+"""The Triton kernels against their float64 twins.
+
+On a GPU the whole grid runs. Without one the cases that are small enough run in Triton's
+interpreter, which must be chosen before triton is imported: `test_triton_interpreter.py` runs this
+file so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import (
+    PADDING,
+    TOLERANCE,
+    AttentionCase,
+    make_case,
+    make_metadata,
+    metadata_on,
+    only_sequence,
+)
+
+from engine.errors import ConfigError
+from engine.kernels import dispatch, reference
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter multiplies bfloat16 matrices as if their bits were integers, and takes seconds for
+# a case: two dtypes and small shapes.
+DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
+
+pytestmark = [
+    # sigmoid of large negative numbers: exp gives inf, whose inverse is the right 0.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not IS_INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a CUDA device, or TRITON_INTERPRET=1",
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if IS_INTERPRETED else "cuda")
+
+
+def on_gpu_only(*values: object) -> list[object]:
+    """Parameters too slow for the interpreter."""
+    return [] if IS_INTERPRETED else list(values)
+
+
+def kernels(name: str) -> ModuleType:
+    """The module of a kernel; imported late, since triton may be absent where this file skips."""
+    import importlib
+
+    return importlib.import_module(f"engine.kernels.{name}")
+
+
+def attend(case: AttentionCase, device: torch.device, **options: object) -> torch.Tensor:
+    on_device = case.on(device)
+    dispatch.begin_step(on_device.metadata)
+    return (
+        kernels("attention")
+        .paged_attention(*on_device.arguments(), softmax_scale=case.softmax_scale, **options)
+        .cpu()
+    )
+
+
+def check_attention(case: AttentionCase, device: torch.device, **options: object) -> None:
+    want = reference.paged_attention(
+        *case.widened().arguments(), softmax_scale=case.softmax_scale, **options
+    )
+    got = attend(case, device, **options)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[got.dtype])
+    assert torch.equal(attend(case, device, **options), got), "same input, other bits"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 64, *on_gpu_only(32, 128)])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((3, 3), (8, 2), (8, 1), (32, 1))]
+)
+def test_decode(
+    device: torch.device, dtype: torch.dtype, block_size: int, num_q_heads: int, num_kv_heads: int
+) -> None:
+    b = block_size
+    long = [] if IS_INTERPRETED else [(1000, 1), (8192, 1), (9001, 1)]
+    case = make_case(
+        [(0, 1), (b - 2, 1), (b - 1, 1), (b, 1), (256, 1), (300, 1), PADDING, *long],
+        dtype=dtype,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        block_size=block_size,
+        is_strided=True,
+    )
+    check_attention(case, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 64, *on_gpu_only(32, 128)])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((3, 3), (8, 2), (8, 1), (32, 1))]
+)
+def test_prefill(
+    device: torch.device, dtype: torch.dtype, block_size: int, num_q_heads: int, num_kv_heads: int
+) -> None:
+    b = block_size
+    long = [] if IS_INTERPRETED else [(0, 1000), (777, 300), (2000, 5)]
+    case = make_case(
+        [(0, b - 1), (0, b), (0, b + 1), (70, 2), (5, 60), *long],
+        dtype=dtype,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        block_size=block_size,
+        is_strided=True,
+    )
+    check_attention(case, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [80, *on_gpu_only(16, 96, 128, 256)])
+def test_mixed_batch_of_head_dim(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    check_attention(
+        make_case([(7, 1), (270, 1), (0, 5), (60, 70)], dtype=dtype, head_dim=head_dim), device
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, *on_gpu_only(64)])
+@pytest.mark.parametrize("window", [5, 70, *on_gpu_only(64, 300, 4096)])
+def test_sliding_window_reads_nothing_before_it(
+    device: torch.device, dtype: torch.dtype, window: int, block_size: int
+) -> None:
+    long = [] if IS_INTERPRETED else [(5000, 1)]
+    longer = [] if IS_INTERPRETED else [(600, 700)]
+    case = make_case(
+        [(2, 1), (63, 1), (330, 1), *long, (0, 70), (150, 20), *longer],
+        dtype=dtype,
+        block_size=block_size,
+    )
+    want = reference.paged_attention(
+        *case.widened().arguments(), softmax_scale=case.softmax_scale, sliding_window=window
+    )
+    assert case.metadata.block_table_host is not None
+    for row, blocks in enumerate(case.metadata.block_table_host):
+        first_query = int(case.metadata.seq_lens[row] - case.metadata.query_lens[row])
+        for block in blocks[: max(0, first_query - window + 1) // block_size]:
+            case.k_cache[block] = float("nan")
+            case.v_cache[block] = float("nan")
+    got = attend(case, device, sliding_window=window)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logit_softcap(device: torch.device, dtype: torch.dtype) -> None:
+    check_attention(make_case([(99, 1), (10, 70)], dtype=dtype), device, logit_softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 40}])
+def test_neighbours_never_change_a_sequence(
+    device: torch.device, dtype: torch.dtype, options: dict[str, int]
+) -> None:
+    seqs = [(5, 1), (300, 1), (600, 1), (0, 3), (60, 10)]
+    if not IS_INTERPRETED:
+        seqs = [(9000, 1), *((37 * n, 1) for n in range(60)), *seqs, (0, 500), (128, 1000)]
+    case = make_case(seqs, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=64)
+    together = attend(case, device, **options)
+    for row in range(0, len(seqs), 1 if IS_INTERPRETED else 7):
+        start, end = case.metadata.query_start_loc[row : row + 2].tolist()
+        alone = attend(only_sequence(case, row), device, **options)
+        assert torch.equal(together[start:end], alone), seqs[row]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_boundaries_never_change_a_prompt(device: torch.device, dtype: torch.dtype) -> None:
+    length, sizes = (100, (2, 61, 37)) if IS_INTERPRETED else (3000, (2, 61, 937, 1000, 128, 872))
+    whole = make_case([(0, length)], dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=64)
+    want = attend(whole, device)
+    assert whole.metadata.block_table_host is not None
+    start = 0
+    for size in sizes:
+        chunk = AttentionCase(
+            whole.q[start : start + size],
+            whole.k_cache,
+            whole.v_cache,
+            make_metadata([(start, size)], 64, whole.metadata.block_table_host),
+            whole.softmax_scale,
+        )
+        assert torch.equal(attend(chunk, device), want[start : start + size]), start
+        start += size
+
+
+def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) -> None:
+    """A batch padded at both ends, lengths on the device only: what a captured graph sees."""
+    exact = make_case([(7, 1), (40, 1), (0, 20), (33, 30)], block_size=16)
+    want = attend(exact, device)
+    full = exact.metadata
+    # Decodes padded from 2 to 4 rows, prefills from 2 to 3 sequences, tokens from 52 to 64.
+    padded = dataclasses.replace(
+        full,
+        block_table=torch.cat(
+            (
+                full.block_table[:2],
+                torch.zeros_like(full.block_table[:2]),
+                full.block_table[2:],
+                torch.zeros_like(full.block_table[:1]),
+            )
+        ),
+        seq_lens=torch.tensor([8, 41, 0, 0, 20, 63, 0], dtype=torch.int32),
+        query_lens=torch.tensor([1, 1, 1, 1, 20, 30, 0], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 1, 2, 3, 4, 24, 54, 54], dtype=torch.int32),
+        num_decodes=4,
+        max_query_len=64,
+        max_seq_len=4096,
+        seq_lens_host=None,
+        query_lens_host=None,
+        block_table_host=None,
+    )
+    q = torch.full((64, *exact.q.shape[1:]), float("nan"))
+    q[:2], q[4:54] = exact.q[:2], exact.q[2:]
+    got = attend(dataclasses.replace(exact, q=q, metadata=padded), device)
+    assert torch.equal(torch.cat((got[:2], got[4:54])), want)
+    assert (got[2:4] == 0).all()
+    assert (got[54:] == 0).all()
+
+
+def test_out_with_a_row_stride(device: torch.device) -> None:
+    case = make_case([(7, 1), (300, 1), (0, 9)]).on(device)
+    wide = torch.full((11, 300), 7.0, device=device)
+    paged_attention = kernels("attention").paged_attention
+    returned = paged_attention(*case.arguments(), softmax_scale=0.1, out=wide[:, :256])
+    assert returned.data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[:, :256], paged_attention(*case.arguments(), softmax_scale=0.1))
+    assert (wide[:, 256:] == 7.0).all()
+
+
+@pytest.mark.parametrize("num_seqs", [1, 5, *on_gpu_only(1024, 1025, 4096)])
+def test_every_split_is_planned_once(device: torch.device, num_seqs: int) -> None:
+    decode = kernels("decode_attention")
+    seq_lens = torch.randint(0, 20000, (num_seqs,), dtype=torch.int32)
+    seq_lens[0] = 0
+    plan = torch.full((1 + num_seqs * decode.MAX_SPLITS,), -1, dtype=torch.int32, device=device)
+    decode._plan_kernel[(1,)](
+        seq_lens.to(device),
+        plan,
+        num_seqs,
+        WINDOW=0,
+        SPLIT=decode.SPLIT,
+        MAX_SPLITS=decode.MAX_SPLITS,
+        KEY_ALIGNMENT=64,
+        BLOCK=1024,
+    )
+    count, *items = plan.tolist()
+    want = []
+    for seq, seq_len in enumerate(seq_lens.tolist()):
+        units = -(-seq_len // decode.SPLIT)
+        size = decode.SPLIT * max(1, -(-units // decode.MAX_SPLITS))
+        num_splits = max(1, -(-seq_len // size))
+        want += [seq * decode.MAX_SPLITS + split for split in range(num_splits)]
+    assert items[:count] == want
+    assert set(items[count:]) <= {-1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [64, 576, *on_gpu_only(1, 1000, 4096, 12288)])
+@pytest.mark.parametrize("weight_offset", [0.0, 1.0])
+def test_norms(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, weight_offset: float
+) -> None:
+    rms_norm = kernels("rms_norm")
+    x, residual = (
+        (torch.randn(5, hidden_size + 8, device=device) * 3).to(dtype)[:, :hidden_size]
+        for _ in range(2)
+    )
+    weight = torch.randn(hidden_size, device=device).to(dtype)
+    got = rms_norm.rms_norm(x, weight, 1e-5, weight_offset)
+    want = reference.rms_norm(x.double(), weight.double(), 1e-5, weight_offset)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+    assert torch.equal(rms_norm.rms_norm(x[3:4], weight, 1e-5, weight_offset), got[3:4])
+    cube = x[:4].reshape(2, 2, hidden_size)
+    assert torch.equal(rms_norm.rms_norm(cube, weight, 1e-5, weight_offset).view(4, -1), got[:4])
+
+    total = x + residual
+    normed, returned = rms_norm.add_rms_norm(x, residual, weight, 1e-5, weight_offset)
+    assert returned is residual
+    assert torch.equal(residual, total)
+    assert torch.equal(normed, rms_norm.rms_norm(total, weight, 1e-5, weight_offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_act_mul(device: torch.device, dtype: torch.dtype, activation: str) -> None:
+    gate_up = (torch.randn(3, 2 * 1100 + 6, device=device) * 3).to(dtype)[:, :2200]
+    got = kernels("act_mul").act_mul(gate_up, activation)
+    want = reference.act_mul(gate_up.double(), activation)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+
+
+def test_unknown_activation(device: torch.device) -> None:
+    with pytest.raises(ConfigError, match="'relu' must be one of"):
+        kernels("act_mul").act_mul(torch.randn(2, 4, device=device), "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, 0.0, *on_gpu_only(1.0)])
+@pytest.mark.parametrize(("head_dim", "rot_dim"), [(64, 64), (80, 32), *on_gpu_only((128, 0))])
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((1, 1), (32, 8))])
+def test_rope_write_kv(
+    device: torch.device,
+    dtype: torch.dtype,
+    norm: float | None,
+    head_dim: int,
+    rot_dim: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> None:
+    metadata = make_metadata([(17, 1), PADDING, (0, 20)], 16, [[4, 1], [], [3, 0]])
+    width = (num_q_heads + 2 * num_kv_heads) * head_dim
+    qkv = torch.randn(22, width + 16).to(dtype)[:, :width]
+    angles = torch.rand(64, rot_dim // 2) * 6
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1) if rot_dim else None
+    weights = (
+        {}
+        if norm is None
+        else {name: torch.randn(head_dim).to(dtype) for name in ("q_norm_weight", "k_norm_weight")}
+    )
+    sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = (6, 16, num_kv_heads, head_dim)
+    want_caches = [torch.full(shape, 7.0, dtype=torch.float64) for _ in "kv"]
+    want_q = reference.rope_write_kv(
+        qkv.double(),
+        metadata,
+        cos_sin,
+        *want_caches,
+        **sizes,
+        **{name: weight.double() for name, weight in weights.items()},
+        norm_weight_offset=norm or 0.0,
+    )
+    # Both caches are planes of one tensor: no stride is a product of the shape.
+    planes = torch.full((6, 2, *shape[1:]), 7.0, dtype=dtype, device=device)
+    q = kernels("rope_write_kv").rope_write_kv(
+        qkv.to(device),
+        metadata_on(metadata, device),
+        None if cos_sin is None else cos_sin.to(device),
+        planes[:, 0],
+        planes[:, 1],
+        **sizes,
+        **{name: weight.to(device) for name, weight in weights.items()},
+        norm_weight_offset=norm or 0.0,
+    )
+    is_real = metadata.slot_mapping >= 0
+    # Norm weights up to 4 scale the values, and so their rounding.
+    tolerance = {name: 4 * value for name, value in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(q.cpu().double()[is_real], want_q[is_real], **tolerance)
+    for plane, want in zip(planes.cpu().unbind(1), want_caches, strict=True):
+        torch.testing.assert_close(plane.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(72, 100), *on_gpu_only((576, 960), (4096, 1536))])
+def test_rows_of_a_linear_layer_never_change_each_other(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    num_rows = 70 if IS_INTERPRETED else 600
+    linear = kernels("batch_invariant_linear").batch_invariant_linear
+    x = torch.randn(num_rows, shape[0] + 8, device=device).to(dtype)[:, : shape[0]]
+    weight = (torch.randn(*shape[::-1], device=device) / shape[0] ** 0.5).to(dtype)
+    bias = torch.randn(shape[1], device=device).to(dtype)
+    want = linear(x, weight, bias)
+    wide = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(want.double(), wide, **TOLERANCE[dtype])
+    for count in (1, 2, 33, num_rows - 1):
+        assert torch.equal(linear(x[-count:], weight, bias), want[-count:]), count
+    assert linear(x[:6].reshape(2, 3, -1), weight).shape == (2, 3, shape[1])
