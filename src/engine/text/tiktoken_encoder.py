@@ -182,22 +182,26 @@ def _checked_ranks(
     ranks: dict[bytes, int] = {}
     try:
         for token, token_id in vocab.items():
+            is_added = token_id in added_ids
             # Added tokens are matched by their text; only BPE reads it as spelled bytes.
-            piece = spelled_bytes(token) if token_id in added_ids else pieces[token_id]
-            if piece and _is_rank(model, token, token_id, whole_pieces_first):
+            piece = spelled_bytes(token) if is_added else pieces[token_id]
+            if not piece:
+                continue
+            merged = model.tokenize(token)
+            if len(merged) == 1:
+                if merged[0].id == token_id:
+                    ranks[piece] = token_id
+            elif whole_pieces_first and not (is_added and _is_split(reference, piece)):
+                if len(merged) < 3:
+                    msg = f"the merges stop one short of the token {token!r}"
+                    raise NotProvenError(msg)
                 ranks[piece] = token_id
     finally:
         model.ignore_merges = whole_pieces_first
     return ranks
 
 
-def _is_rank(
-    model: tokenizers.models.BPE, token: str, token_id: int, whole_pieces_first: bool
-) -> bool:
-    merged = model.tokenize(token)
-    if len(merged) == 1:
-        return bool(merged[0].id == token_id)
-    if whole_pieces_first and len(merged) < 3:
-        msg = f"the merges stop one short of the token {token!r}"
-        raise NotProvenError(msg)
-    return whole_pieces_first
+def _is_split(reference: ReferenceEncoder, piece: bytes) -> bool:
+    """Whether text never reaches BPE as this one piece, because the pre-tokenizer cuts it."""
+    text = piece.decode(errors="replace")
+    return len(reference.backend.pre_tokenizer.pre_tokenize_str(text)) > 1
