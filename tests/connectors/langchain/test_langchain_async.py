@@ -1,6 +1,7 @@
 """Concurrency: several loops and threads, cancellation, early exits, no blocked event loop."""
 
 import asyncio
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +119,7 @@ def test_the_loop_is_never_blocked(model, fake_engine, verb):
             "abatch": lambda: model.abatch(["x" * 100] * 10),
         }[verb]()
         heart.cancel()
-        return max(after - before for before, after in zip(beats, beats[1:], strict=False))
+        return max(after - before for before, after in itertools.pairwise(beats))
 
     # The work takes 0.2 s at least; a blocking wait would show as one gap of that length.
     assert asyncio.run(run()) < 0.15
@@ -143,7 +144,7 @@ def test_loading_does_not_block_the_loop(model_class, fake_engine, monkeypatch):
         answer = await model.ainvoke("ab")
         heart.cancel()
         model.close()
-        return answer, max(b - a for a, b in zip(beats, beats[1:], strict=False))
+        return answer, max(b - a for a, b in itertools.pairwise(beats))
 
     answer, gap = asyncio.run(run())
     assert text_of(answer) == "ba"

@@ -129,7 +129,7 @@ def test_refusals_reach_the_caller(chat, verb):
         "batch": lambda: chat.batch([messages, messages]),
         "get_num_tokens": lambda: chat.get_num_tokens_from_messages(messages),
     }
-    with pytest.raises(RequestError, match="Message 0 .*'image'"):
+    with pytest.raises(RequestError, match=r"Message 0 .*'image'"):
         calls[verb]()
 
 

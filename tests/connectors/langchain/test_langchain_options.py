@@ -113,15 +113,15 @@ def test_option_under_two_names(model_class, fake_engine):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_unknown_call_option_names_the_nearest(model, fake_engine, verb):
-    with pytest.raises(RequestError, match="'max_token'.*Did you mean 'max_tokens'"):
+    with pytest.raises(RequestError, match=r"'max_token'.*Did you mean 'max_tokens'"):
         VERBS[verb](model, "ab", max_token=3)
     assert fake_engine.requests == []
 
 
 def test_unknown_constructor_option_names_the_nearest(model_class):
-    with pytest.raises(ValidationError, match="'temprature'.*Did you mean 'temperature'"):
+    with pytest.raises(ValidationError, match=r"'temprature'.*Did you mean 'temperature'"):
         model_class(model="m", temprature=1)
-    with pytest.raises(ValidationError, match="'devise'.*Did you mean 'device'"):
+    with pytest.raises(ValidationError, match=r"'devise'.*Did you mean 'device'"):
         model_class(model="m", engine_kwargs={"devise": "cpu"})
 
 

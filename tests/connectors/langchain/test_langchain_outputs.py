@@ -237,7 +237,7 @@ def test_timeout(model, fake_engine, verb):
     from langchain_calls import VERBS
 
     fake_engine.step_s = 0.001
-    with pytest.raises(RequestTimeoutError, match="0.05"):
+    with pytest.raises(RequestTimeoutError, match=r"0\.05"):
         VERBS[verb](model, "x" * 5000, timeout=0.05)
     fake_engine.step_s = 0.0
     model.timeout = 60

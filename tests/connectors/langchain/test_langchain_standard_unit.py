@@ -3,6 +3,7 @@
 import pytest
 from langchain_tests.unit_tests import ChatModelUnitTests
 
+from engine import ModelNotFoundError
 from llm_connectors.langchain import ChatLocal
 
 
@@ -26,8 +27,8 @@ class TestChatLocalStandardUnit(ChatModelUnitTests):
         return False
 
 
-def test_constructing_is_cheap_and_loads_nothing():
+def test_constructing_loads_nothing_and_needs_no_such_model():
     chat = ChatLocal(model="no-such-model-anywhere")
     assert not chat._lease.is_loaded
-    with pytest.raises(FileNotFoundError):
-        open("no-such-model-anywhere")
+    with pytest.raises(ModelNotFoundError, match="no-such-model-anywhere"):
+        chat.load()
