@@ -43,6 +43,9 @@ WORD_SEED_HIGH = 9
 NUM_SETTING_WORDS = 16
 """Words of 4 bytes per row of the settings: one 64-byte line, so that one row is one fetch."""
 
+GREEDY, RANDOM, FILTERED = 0, 1, 2
+"""What a row's draw needs: argmax, a random draw, or one after top_k, top_p or min_p."""
+
 PROMPT_BIT = 1 << 14
 COUNT_MASK = PROMPT_BIT - 1
 LARGEST_LOGIT = 1e30

@@ -8,7 +8,9 @@ tokens on a CPU than on a GPU.
 Rows are handled one at a time: a row stays in cache between its passes, and its result cannot
 depend on the batch. NumPy rather than torch because its argmax, max and exp over float32 are
 2 to 13 times as fast on one thread (151,936 tokens: argmax 9 µs against 126 µs, exp 83 µs
-against 142 µs; torch 2.13, NumPy 2, AMD EPYC).
+against 142 µs; torch 2.13, NumPy 2, AMD EPYC). µs per float32 row of N(0, 3) logits, alone, for
+V = 49,152 and 151,936: greedy 11 / 19, random 77 / 166, top_k 50 63 / 133, top_k 20 with top_p
+0.8 79 / 164, top_p 0.9 on its own 266 / 732, min_p 0.05 37 / 64.
 """
 
 from __future__ import annotations

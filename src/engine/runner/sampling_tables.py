@@ -11,11 +11,8 @@ import numpy.typing as npt
 import torch
 
 from engine.kernels import sampling_reference as layout
-from engine.kernels.sampling_reference import SamplingTables
+from engine.kernels.sampling_reference import FILTERED, GREEDY, RANDOM, SamplingTables
 from engine.sampling_params import SamplingParams
-
-GREEDY, RANDOM, FILTERED = 0, 1, 2
-"""What a row's draw needs: argmax, a random draw, or one after top_k, top_p or min_p."""
 
 MIN_TEMPERATURE = 1e-5
 """Lower temperatures are greedy: logits divided by them would leave the range of float32 sums."""
