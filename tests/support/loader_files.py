@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,12 @@ def write_gguf(
     ggml_type: GGMLQuantizationType = GGMLQuantizationType.F32,
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    tokens: Sequence[str] = TOKENS,
 ) -> Path:
-    """Write a model as llama.cpp's converter would: `gguf`'s name map, matrices in `ggml_type`."""
+    """Write a model as llama.cpp's converter would: `gguf`'s name map, matrices in `ggml_type`.
+
+    The first three tokens are of the control type.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -81,7 +85,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
+    writer.add_token_list(list(tokens))
     writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
     writer.add_token_merges(["t 1", "t 2"])
     writer.add_bos_token_id(1)

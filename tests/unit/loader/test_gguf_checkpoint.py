@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from loader_files import llama_config, random_model, write_gguf
+from loader_files import TOKENS, llama_config, random_model, write_gguf
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -327,11 +327,10 @@ def test_eos_token_ids(
 
 
 def test_an_unnamed_end_of_turn_is_recognised_among_control_tokens(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "x.gguf", random_model(llama_config()))
-    data = path.read_bytes()
-    # Ids 1 and 3: the one of type control, the other an ordinary token of the same text.
-    data = data.replace(b"\x07\0\0\0\0\0\0\0<|bos|>", b"\x07\0\0\0\0\0\0\0<|end|>")
-    path.write_bytes(data)
+    # Of the two, id 1 is of the control type; id 5 is ordinary text that looks like it.
+    tokens = list(TOKENS)
+    tokens[1], tokens[5] = "<|end|>", "<|im_end|>"
+    path = write_gguf(tmp_path / "x.gguf", random_model(llama_config()), tokens=tokens)
     assert resolve_model(str(path)).eos_token_ids == (2, 1)
 
 

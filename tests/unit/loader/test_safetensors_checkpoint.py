@@ -82,6 +82,14 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", {"a": torch.zeros(2), "b": torch.zeros(2)}, num_shards=2)
+    write_folder(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(2)})
+    found = read_all(folder)
+    assert torch.equal(found["a"], torch.ones(2))
+    assert torch.equal(found["b"], torch.ones(2))
+
+
 def test_the_index_decides_which_copy_counts(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(2)}, num_shards=2)
     save_file(
