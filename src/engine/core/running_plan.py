@@ -33,8 +33,6 @@ def plan_running(
     running: IndexArray,
     max_num_tokens: int,
     block_size: int,
-    *,
-    any_host_sync: bool,
 ) -> RunningPlan:
     """Share `max_num_tokens` among the running sequences, first admitted first. Changes nothing.
 
@@ -47,7 +45,6 @@ def plan_running(
         running: [running] state indices in order of admission.
         max_num_tokens: Token budget of the step.
         block_size: Tokens per KV block.
-        any_host_sync: Whether a running sequence has `needs_host_sync`; saves a look.
     """
     rows = running
     computed = table.num_computed_tokens[rows]
@@ -55,8 +52,9 @@ def plan_running(
     counts = num_tokens - computed
     # A sequence's last token needs no KV: it only waits for results in flight.
     counts[num_tokens >= table.max_total_tokens[rows]] = 0
-    if any_host_sync:
-        counts[table.needs_host_sync[rows] & (table.num_in_flight[rows] > 0)] = 0
+    is_host_synced = table.needs_host_sync[rows]
+    if is_host_synced.any():
+        counts[is_host_synced & (table.num_in_flight[rows] > 0)] = 0
     total = int(counts.sum())
     if total > max_num_tokens:
         before = np.cumsum(counts, dtype=np.int32) - counts

@@ -111,7 +111,6 @@ class Scheduler:
         self._running_priorities: Counter[int] = Counter()
         # Rows with known tokens that later chunks will compute; at most one.
         self._prefilling: set[int] = set()
-        self._num_host_synced = 0
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_arrival_index = 0
         self._counts = SchedulerCounters()
@@ -262,11 +261,7 @@ class Scheduler:
 
     def _plan_running(self) -> RunningPlan:
         return plan_running(
-            self.table,
-            self._running,
-            self._max_num_batched_tokens,
-            self._block_size,
-            any_host_sync=self._num_host_synced > 0,
+            self.table, self._running, self._max_num_batched_tokens, self._block_size
         )
 
     def _advance_running(self, plan: RunningPlan) -> list[BlockUpdate]:
@@ -311,7 +306,6 @@ class Scheduler:
     def _admit(self, seq: Sequence, admission: Admission, now_s: float) -> int:
         row = self.table.admit(seq, admission.num_cached_tokens)
         self._running_priorities[seq.request.priority] += 1
-        self._num_host_synced += seq.needs_host_sync
         if seq.request.metrics.first_scheduled_s is None:
             seq.request.metrics.first_scheduled_s = now_s
         if seq.num_preemptions == 0:
@@ -448,7 +442,6 @@ class Scheduler:
             self._running_priorities[seq.request.priority] -= 1
             if not self._running_priorities[seq.request.priority]:
                 del self._running_priorities[seq.request.priority]
-            self._num_host_synced -= seq.needs_host_sync
             self._prefilling.discard(row)
             self.block_tables.release(row)
             self.table.free(row)
