@@ -26,13 +26,13 @@ from llm_connectors.langchain._outputs import chat_result
 
 if TYPE_CHECKING:
     from engine import Engine
-    from llm_connectors.langchain.chat_models import ChatLocal
+    from llm_connectors.langchain._chat_lists import ChatLists
 
 
 class ChatListCall(ListCall):
     """What the runs of one list call of a chat model share."""
 
-    model: ChatLocal
+    model: ChatLists
 
     @cached_property
     @override

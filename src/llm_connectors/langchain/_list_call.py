@@ -15,7 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from llm_connectors.langchain._fields import CallOptions
 
 if TYPE_CHECKING:
-    from llm_connectors.langchain.chat_models import ChatLocal
+    from llm_connectors.langchain._chat_lists import ChatLists
     from llm_connectors.langchain.llms import LocalLLM
 
 _TRACING_ONLY = ("ls_structured_output_format", "structured_output_format")
@@ -33,11 +33,11 @@ class ListCall(ABC):
 
     def __init__(
         self,
-        model: ChatLocal | LocalLLM,
+        model: ChatLists | LocalLLM,
         kwargs: dict[str, Any],
         configs: Sequence[RunnableConfig],
     ) -> None:
-        self.model: ChatLocal | LocalLLM = model
+        self.model: ChatLists | LocalLLM = model
         self.kwargs = {name: kwargs[name] for name in kwargs if name not in _TRACING_ONLY}
         self.stop: list[str] | None = self.kwargs.pop("stop", None)
         self.configs = configs
