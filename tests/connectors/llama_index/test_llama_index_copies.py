@@ -9,11 +9,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms.loading import load_llm
+from llama_index.core.types import BaseOutputParser
 from llama_index_fake_engine import FakeEngine
 
 import engine
@@ -79,6 +81,28 @@ def test_copies_share_the_engine(
     assert clone.engine is llm.engine
     assert clone.to_dict() == llm.to_dict()
     assert shared_fakes.num_made == (0 if is_owned else 1)
+
+
+def test_closing_a_copy_leaves_the_original_alone(shared_fakes: type[FakeEngine]) -> None:
+    llm = LocalLLM("fake").load()
+    for clone in (copy.copy(llm), copy.deepcopy(llm), llm.with_options(max_tokens=3)):
+        clone.load().close()
+        assert llm.to_payload()["context_window"] == 4096
+        assert not llm.engine.is_closed
+    assert shared_fakes.num_made == 1
+
+
+def test_deep_copy_of_a_cycle(fake: FakeEngine) -> None:
+    class Parser(BaseOutputParser):
+        llm: Any = None
+
+        def parse(self, output: str) -> str:
+            return output
+
+    parser = Parser()
+    parser.llm = LocalLLM(engine=fake, output_parser=parser)
+    clone = copy.deepcopy(parser.llm)
+    assert clone.output_parser.llm is clone
 
 
 def test_deep_copies_have_fields_of_their_own(fake: FakeEngine) -> None:

@@ -221,6 +221,7 @@ def test_every_sampling_field_reaches_the_engine(fake: FakeEngine) -> None:
     ("options", "error", "words"),
     [
         ({"temprature": 1.0}, RequestError, "'temperature'"),
+        ({"timout": 1.0}, RequestError, "'timeout'"),
         ({"temperature": -1.0}, RequestError, "temperature"),
         ({"n": 2}, RequestError, "batch_complete"),
         ({"prompt_logprobs": 1}, RequestError, "prompt_logprobs"),
