@@ -91,8 +91,8 @@ class ChatTemplate:
                 the final message is continued.
             continue_final_message: End inside the final message, for the model to go on with it.
             documents: Dicts with "title" and "text", for templates that take them.
-            template_kwargs: Further variables of the template (see `variables`); they win over the
-                tokenizer's own such as `bos_token`.
+            template_kwargs: Further variables of the template (see `variables`). One named like a
+                control token of the tokenizer, such as `bos_token`, takes its place.
 
         Raises:
             RequestError: There is no template, a message is malformed (its index is named), the
@@ -168,9 +168,10 @@ class ChatTemplate:
         if not continue_final_message:
             generation = add_generation_prompt is None or add_generation_prompt
             return _run(source, messages=chat, add_generation_prompt=generation, **values)
-        mark = _mark_final_message(chat, cover)
+        mark = cover.unused_text() + " "
+        content = _mark_final_message(chat, mark)
         rendered = _run(source, messages=chat, add_generation_prompt=False, **values)
-        return _cut_at_mark(rendered, mark)
+        return _cut_at_mark(rendered, content, mark)
 
     def _source(self, *, with_tools: bool) -> str:
         if with_tools and "tool_use" in self._sources:
@@ -224,7 +225,11 @@ class ChatTemplate:
                     f"{nearest_name_hint(name, self.variables)}"
                 )
                 raise RequestError(msg)
-        return cover.hide(plain_data(dict(kwargs), "template_kwargs"))
+        plain = plain_data(dict(kwargs), "template_kwargs")
+        return {
+            name: value if name in self._tokenizer.special_token_map else cover.hide(value)
+            for name, value in plain.items()
+        }
 
     def _encode_covered(self, rendered: str, cover: ControlTokenCover) -> list[int]:
         """Ids of a prompt under cover: the control tokens in sight are the template's own."""
@@ -304,20 +309,20 @@ def _covered_message(message: dict[str, Any], cover: ControlTokenCover) -> dict[
     return {**cover.hide(message), "role": message["role"]}
 
 
-def _mark_final_message(chat: list[dict[str, Any]], cover: ControlTokenCover) -> str:
-    content = chat[-1].get("content")
+def _mark_final_message(chat: list[dict[str, Any]], mark: str) -> str:
+    """Put `mark` behind the final message's content, which is returned as it was."""
+    content: str | None = chat[-1].get("content")
     if content is None:
         msg = f"messages[{len(chat) - 1}] has no content that could be continued."
         raise RequestError(msg)
-    mark = cover.unused_text() + " "
     chat[-1]["content"] = content + mark
-    return mark
+    return content
 
 
-def _cut_at_mark(rendered: str, mark: str) -> str:
+def _cut_at_mark(rendered: str, content: str, mark: str) -> str:
     """What stands before `mark`. Its final space shows whether the template trims content."""
     place = rendered.rfind(mark.rstrip())
-    if place < 0:
+    if place < 0 or content.strip() not in rendered:
         raise RequestError(
             "The final message cannot be continued: the chat template leaves it out or alters it."
         )

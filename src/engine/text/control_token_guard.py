@@ -86,8 +86,8 @@ class ControlTokenCover:
         return kept + self._stand_in_for(beginning) if beginning else covered
 
     def is_needed_in(self, rendered: str) -> bool:
-        """Whether `rendered` holds a stand-in."""
-        return bool(self._hidden) and self._nonce in rendered
+        """Whether `rendered` holds a stand-in, or a piece of one."""
+        return bool(self._hidden) and self._nonce[: _NONCE_DIGITS // 2] in rendered
 
     def reveal(self, rendered: str) -> str:
         """`rendered` with the caller's own words instead of stand-ins.
