@@ -221,6 +221,18 @@ def test_shared_blocks_do_not_count_as_room() -> None:
     harness.run()
 
 
+def test_blocks_that_the_urgent_one_shares_are_no_room() -> None:
+    """The victim's blocks stay in use: the urgent request begins with the same tokens."""
+    harness = Harness(max_num_seqs=8, block_size=4, num_blocks=8)
+    _one(harness, 1, 12, priority=0, max_tokens=4)  # 4 blocks in the end
+    low = _one(harness, 2, 9, priority=1, max_tokens=4)  # 3 blocks, 2 of them full
+    harness.turn()
+    urgent = _one(harness, 2, 13, priority=0, max_tokens=2)  # 2 shared, 2 more: 1 is there
+    harness.launch()
+    assert _statuses(low, urgent) == "rw"
+    harness.run()
+
+
 def test_a_full_budget_preempts_nobody() -> None:
     harness = Harness(max_num_seqs=2, budget=2)
     low = [_one(harness, token, 1, priority=1) for token in (1, 2)]

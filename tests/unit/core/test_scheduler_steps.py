@@ -76,6 +76,18 @@ def test_one_token_sequences_come_first_in_a_batch() -> None:
     assert batch.num_scheduled_tokens.tolist() == [1, 3]
 
 
+def test_sequences_are_served_in_order_of_admission_whatever_their_row() -> None:
+    harness = Harness(max_num_seqs=2)
+    first, second = (harness.submit([token]).sequences[0] for token in (1, 2))
+    _schedule(harness)
+    harness.scheduler.finish(first, "abort")
+    third = harness.submit([3]).sequences[0]
+    _complete(harness, 11, 12)
+    _schedule(harness)
+    assert (second.row, third.row) == (1, 0)
+    assert _schedule(harness).rows.tolist() == [1, 0]
+
+
 def test_only_new_blocks_are_reported() -> None:
     harness = Harness(block_size=4)
     request = harness.submit([1, 2, 3], max_tokens=8)
