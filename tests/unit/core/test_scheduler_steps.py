@@ -77,14 +77,14 @@ def test_one_token_sequences_come_first_in_a_batch() -> None:
 
 
 def test_sequences_are_served_in_order_of_admission_whatever_their_row() -> None:
-    harness = Harness(max_num_seqs=2)
-    first, second = (harness.submit([token]).sequences[0] for token in (1, 2))
+    harness = Harness(max_num_seqs=3)
+    first, second, last = (harness.submit([token]).sequences[0] for token in (1, 2, 3))
     _schedule(harness)
     harness.scheduler.finish(first, "abort")
-    third = harness.submit([3]).sequences[0]
-    _complete(harness, 11, 12)
+    heir = harness.submit([4]).sequences[0]
     _schedule(harness)
-    assert (second.row, third.row) == (1, 0)
+    harness.scheduler.finish(last, "abort")
+    assert (second.row, heir.row) == (1, 0)
     assert _schedule(harness).rows.tolist() == [1, 0]
 
 
