@@ -76,5 +76,6 @@ def act_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
             ACTIVATION=activation,
             BLOCK=_BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

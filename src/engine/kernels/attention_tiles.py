@@ -31,6 +31,16 @@ KEY_ALIGNMENT = 64
 
 
 @triton.jit
+def _block_ids(block_table_ptr, tile, end_key, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block ids of the keys of a tile: a scalar where a block holds the tile, else [BLOCK_N]."""
+    if BLOCK_SIZE >= BLOCK_N:
+        return tl.load(block_table_ptr + tile // BLOCK_SIZE, mask=tile < end_key, other=0)
+    else:  # noqa: RET505 - a compile-time branch: only one of them is traced
+        keys = tile + tl.arange(0, BLOCK_N)
+        return tl.load(block_table_ptr + keys // BLOCK_SIZE, mask=keys < end_key, other=0)
+
+
+@triton.jit
 def attend_tiles(
     acc,
     row_max,
@@ -69,7 +79,7 @@ def attend_tiles(
         first_tile: Multiple of BLOCK_N.
         low_key: Keys before it are not read where IS_MASKED (their blocks may be gone).
         end_key: Keys from here on are not read; a multiple of BLOCK_N unless IS_MASKED.
-        score_scale: softmax_scale * log2 e, or softmax_scale / cap with HAS_SOFTCAP.
+        score_scale: softmax_scale * log2 e, or softmax_scale / cap with HAS_SOFTCAP; > 0.
         softcap: cap * log2 e.
         stride_block: Between blocks.
         stride_token: Between tokens of a block.
@@ -84,16 +94,13 @@ def attend_tiles(
     columns = tl.arange(0, BLOCK_D)
     in_tile = tl.arange(0, BLOCK_N)
     is_column = (columns < HEAD_DIM)[None, :]
+    # Block ids are loaded one tile ahead and carried: were the load of k to follow from a load of
+    # the same round, the compiler would spend half of its pipeline stages on the ids.
+    block_ids = _block_ids(block_table_ptr, first_tile, end_key, BLOCK_N, BLOCK_SIZE)
     for tile in range(first_tile, end_key, BLOCK_N):
         keys = tile + in_tile
-        if BLOCK_SIZE >= BLOCK_N:
-            block_id = tl.load(block_table_ptr + tile // BLOCK_SIZE).to(tl.int64)
-            places = block_id * stride_block + (tile % BLOCK_SIZE + in_tile) * stride_token
-        else:
-            block_ids = tl.load(
-                block_table_ptr + keys // BLOCK_SIZE, mask=keys < end_key, other=0
-            ).to(tl.int64)
-            places = block_ids * stride_block + (keys % BLOCK_SIZE) * stride_token
+        places = block_ids.to(tl.int64) * stride_block + (keys % BLOCK_SIZE) * stride_token
+        block_ids = _block_ids(block_table_ptr, tile + BLOCK_N, end_key, BLOCK_N, BLOCK_SIZE)
         places = places[:, None] + columns[None, :]
         if IS_MASKED:
             is_read = ((keys >= low_key) & (keys < end_key))[:, None] & is_column
@@ -106,18 +113,18 @@ def attend_tiles(
         if HAS_SOFTCAP:
             # tanh(x) = 2 sigmoid(2 x) - 1: no device library, and the interpreter has it.
             scores = softcap * (2.0 * tl.sigmoid(2.0 * score_scale * scores) - 1.0)
-        else:
-            scores = scores * score_scale
         if IS_MASKED:
             visible = (keys[None, :] <= query_positions[:, None]) & (keys < end_key)[None, :]
             if WINDOW > 0:
                 visible = visible & (keys[None, :] > query_positions[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        # Scores are scaled in the exponent (one fused multiply-add each), which needs a scale > 0.
+        factor = 1.0 if HAS_SOFTCAP else score_scale
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * factor)
         shift = new_max
         if IS_MASKED:
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probs = tl.exp2(scores - shift[:, None])
+        probs = tl.exp2(scores * factor - shift[:, None])
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(probs, axis=1)
         acc = acc * rescale[:, None]

@@ -111,5 +111,6 @@ def batch_invariant_linear(
             GROUP_M=8,
             num_warps=4,
             num_stages=2 if is_wide else 4,
+            enable_fp_fusion=True,
         )
     return out.view(*x.shape[:-1], num_cols)

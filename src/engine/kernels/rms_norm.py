@@ -113,5 +113,6 @@ def _launch(
         HAS_OFFSET=weight_offset != 0.0,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
+        enable_fp_fusion=True,
     )
     return out

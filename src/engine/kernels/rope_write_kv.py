@@ -224,5 +224,6 @@ def rope_write_kv(
         BLOCK_H=_BLOCK_H,
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
