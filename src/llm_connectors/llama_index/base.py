@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -28,7 +28,7 @@ from llm_connectors._runtime import EngineLease, lease_for
 from llm_connectors.llama_index.errors import ERRORS
 from llm_connectors.llama_index.metadata import build_metadata
 from llm_connectors.llama_index.options import REQUEST_NAMES, RequestOptions, request_options
-from llm_connectors.llama_index.pickling import home_process, unpickled
+from llm_connectors.llama_index.pickling import home_process, remember, remembered, unpickled
 from llm_connectors.llama_index.prompts import PromptBuilder, fit_window
 from llm_connectors.llama_index.requests import PendingAnswer
 
@@ -81,10 +81,6 @@ class EngineBackedLLM(SamplingFields, LLM):
     _lease: EngineLease = PrivateAttr()
     _metadata: tuple[Any, LLMMetadata] | None = PrivateAttr(default=None)
 
-    # Leases on engines that their callers made. `Engine.shared` does not know these engines, so a
-    # copy that comes back as plain data finds its engine here.
-    _caller_leases: ClassVar[weakref.WeakSet[EngineLease]] = weakref.WeakSet()
-
     def __init__(
         self, model: str | None = None, *, engine: Engine | None = None, **options: Any
     ) -> None:
@@ -103,7 +99,7 @@ class EngineBackedLLM(SamplingFields, LLM):
             lease = lease_for(model, options.get("engine_kwargs"), engine)
         if engine is not None:
             options["engine_kwargs"] = lease.options
-            cls._caller_leases.add(lease)
+            remember(lease)
         super().__init__(model=lease.config.model, **options)
         self._lease = lease
         # Bad values are the constructor's news, not the first request's.
@@ -174,7 +170,8 @@ class EngineBackedLLM(SamplingFields, LLM):
             ConfigError: `context_window` is larger than the engine's limit.
         """
         engine = self.engine
-        key = (engine, self.max_tokens, self.context_window, self.chat_template)
+        # A weak reference, so that a closed engine can be freed.
+        key = (weakref.ref(engine), self.max_tokens, self.context_window, self.chat_template)
         if self._metadata is None or self._metadata[0] != key:
             with ERRORS.converting():
                 self._metadata = (key, build_metadata(engine, *key[1:]))
@@ -317,9 +314,7 @@ class EngineBackedLLM(SamplingFields, LLM):
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
         """The object that `to_dict` described, on the engine that already runs for it."""
         llm = super().from_dict(data, **kwargs)
-        for lease in cls._caller_leases:
-            engine = lease.peek()
-            if lease.config == llm._lease.config and engine is not None and not engine.is_closed:
-                llm._lease = copy.copy(lease)
-                break
+        known = remembered(llm._lease.config)
+        if known is not None:
+            llm._lease = known
         return llm

@@ -1,4 +1,4 @@
-"""What a pickled model finds when it wakes up.
+"""What a model that comes back from a pickle or a dictionary finds.
 
 `IngestionPipeline(num_workers=…)` pickles its transformations, the model among them, into spawned
 processes. An object that then quietly loaded the model again, once per process, would fill the
@@ -9,14 +9,17 @@ becomes an object that says on first use what is wrong. It does not refuse to be
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from llm_connectors._runtime import EngineLease
 from llm_connectors.llama_index.errors import ForeignProcessError
 
 if TYPE_CHECKING:
-    from engine import Engine
+    from engine import Engine, EngineConfig
     from llm_connectors.llama_index.base import EngineBackedLLM
 
 
@@ -45,6 +48,26 @@ class ForeignLease(EngineLease):
             "IngestionPipeline.run), or make a new LocalLLM here on purpose."
         )
         raise ForeignProcessError(msg)
+
+
+_lock = threading.Lock()
+_caller_leases: weakref.WeakSet[EngineLease] = weakref.WeakSet()
+
+
+def remember(lease: EngineLease) -> None:
+    """Make an engine that its caller made findable; `Engine.shared` does not know it."""
+    with _lock:
+        _caller_leases.add(lease)
+
+
+def remembered(config: EngineConfig) -> EngineLease | None:
+    """A lease on a running engine with this config that some caller made, or None."""
+    with _lock:
+        for lease in _caller_leases:
+            engine = lease.peek()
+            if lease.config == config and engine is not None and not engine.is_closed:
+                return copy.copy(lease)
+    return None
 
 
 def home_process(lease: EngineLease) -> int:

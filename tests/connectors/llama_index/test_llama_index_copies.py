@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import pickle
 import subprocess
 import sys
 import textwrap
+import weakref
 from typing import Any
 
 import pytest
@@ -55,6 +57,17 @@ def test_close_is_idempotent_and_reopens(shared_fakes: type[FakeEngine]) -> None
     llm.close()
     assert llm.chat(USER).message.content
     assert llm.engine is not first
+
+
+def test_a_closed_engine_can_be_freed(shared_fakes: type[FakeEngine]) -> None:
+    llm = LocalLLM("fake")
+    llm.chat(USER)
+    assert llm.metadata.model_name == "fake"
+    engine_ref = weakref.ref(llm.engine)
+    llm.close()
+    shared_fakes._shared.pop("fake")._thread.join(5)
+    gc.collect()
+    assert engine_ref() is None
 
 
 def test_close_leaves_the_engine_to_others_who_use_it(shared_fakes: type[FakeEngine]) -> None:
