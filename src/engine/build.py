@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ class EngineParts:
     runner: ModelRunner
     stream: torch.cuda.Stream | None
 
+    def release_model(self) -> None:
+        """Drop the weights; the last thing that is done with these parts."""
+        del self.model
+
 
 def build_parts(config: EngineConfig) -> EngineParts:
     """Load the model and everything around it. Blocks for as long as that takes.
@@ -73,7 +78,7 @@ def build_parts(config: EngineConfig) -> EngineParts:
     tokenizer = load_tokenizer(config, files)
     chat_template = load_chat_template(config, tokenizer)
 
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
         num_weight_bytes = weight_bytes(model_config, dtype, device)
         check_weights_fit(num_weight_bytes, device, config)
@@ -108,6 +113,27 @@ def build_parts(config: EngineConfig) -> EngineParts:
         runner=runner,
         stream=stream,
     )
+
+
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+_idle_streams_lock = threading.Lock()
+
+
+def take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A CUDA stream for one engine, one that a closed engine left behind where there is one.
+
+    The libraries keep a workspace of up to 128 MiB per stream for the life of the process, so
+    streams are used again instead of made anew.
+    """
+    with _idle_streams_lock:
+        idle = _idle_streams.setdefault(device, [])
+        return idle.pop() if idle else torch.cuda.Stream(device)
+
+
+def return_stream(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Let the next engine on `device` have the stream of a closed one."""
+    with _idle_streams_lock:
+        _idle_streams[device].append(stream)
 
 
 def device_context(

@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, overload
 
-import torch
-
-from engine.build import EngineParts, build_parts, device_context, kv_bytes_per_token
+from engine.build import EngineParts, build_parts, kv_bytes_per_token
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.output import OutputProcessor
 from engine.core.request import Request
+from engine.ending import free_parts, shut_down, thread_setup
 from engine.errors import RequestError
 from engine.handle import RequestHandle
 from engine.loop import EngineLoop
 from engine.outputs import Delta, RequestOutput
 from engine.progress import wait_for_all
 from engine.prompts import Prompt, RequestFactory, is_one_prompt, params_per_prompt
-from engine.runner.threads import default_num_threads, set_own_num_threads
 from engine.sampling_params import SamplingParams
 from engine.shared import SharedEngines
 from engine.stats import Counters, EngineStats
@@ -106,9 +104,9 @@ class Engine:
             counters=self._counters,
             max_steps_in_flight=parts.resolved.max_steps_in_flight,
         )
-        self._loop.start(_thread_setup(parts, config))
+        self._loop.start(thread_setup(parts))
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
-        self._finalizer = weakref.finalize(self, _shut_down, self._loop, parts)
+        self._finalizer = weakref.finalize(self, shut_down, self._loop, parts)
         self._close_lock = threading.Lock()
         self._release_shared: Callable[[], bool] | None = None
         self._start_s = time.monotonic() - started_s
@@ -181,24 +179,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts and rates up to now. Any thread; costs microseconds."""
-        counters, scheduler = self._counters, self._scheduler.stats()
-        return EngineStats(
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            peak_running=scheduler.peak_running,
-            kv_blocks_used=scheduler.blocks_used,
-            kv_blocks_total=scheduler.blocks_total,
-            prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            prefix_query_tokens=scheduler.prefix_query_tokens,
-            requests_finished=counters.requests_finished,
-            requests_failed=counters.requests_failed,
-            requests_aborted=counters.requests_aborted,
-            prompt_tokens=counters.prompt_tokens,
-            output_tokens=counters.output_tokens,
-            preemptions=scheduler.preemptions,
-            steps=counters.steps,
-            tokens_per_s=counters.tokens_per_s(),
-            host_ms_per_step=1e3 * counters.host_s / max(counters.steps, 1),
+        return self._counters.snapshot(
+            self._scheduler.stats(),
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._kv_cache_bytes,
             start_s=self._start_s,
@@ -367,7 +349,7 @@ class Engine:
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
         use_tqdm: bool = False,
@@ -377,12 +359,12 @@ class Engine:
     @overload
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
         **submit_options: Any,
-    ) -> Any: ...
+    ) -> list[RequestOutput]: ...
 
     def generate(
         self,
@@ -488,36 +470,9 @@ class Engine:
                 return
             stopped = self._loop.stop(drain=drain, timeout=timeout)
             if self._finalizer.detach() is not None and stopped and self._parts is not None:
-                _free(self._parts)
+                free_parts(self._parts)
             self._parts = None
 
 
 def _mark_shared(engine: Engine, release: Callable[[], bool]) -> None:
     engine._release_shared = release
-
-
-def _thread_setup(parts: EngineParts, config: EngineConfig) -> Callable[[Callable[[], None]], None]:
-    """What the engine thread sets for itself alone before it runs the loop."""
-    device, stream = parts.resolved.device, parts.stream
-
-    def run_inside(body: Callable[[], None]) -> None:
-        if device.type == "cpu":
-            set_own_num_threads(config.num_threads or default_num_threads())
-        with device_context(device, stream), torch.inference_mode():
-            body()
-
-    return run_inside
-
-
-def _shut_down(loop: EngineLoop, parts: EngineParts) -> None:
-    if loop.stop(drain=False, timeout=10.0):
-        _free(parts)
-
-
-def _free(parts: EngineParts) -> None:
-    """Drop weights, KV cache and graphs, and give the GPU's memory back to the driver."""
-    parts.runner.close()
-    if parts.resolved.device.type == "cuda":
-        with torch.cuda.device(parts.resolved.device):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()

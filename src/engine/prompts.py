@@ -15,6 +15,7 @@ from engine.core.request import Sequence as TokenSequence
 from engine.core.scheduler import Scheduler
 from engine.errors import RequestError
 from engine.outputs import RequestMetrics
+from engine.runner.sampling_rules import check_params, needs_host_sync
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
@@ -90,9 +91,9 @@ class RequestFactory:
             bad_words_ids=self._bad_words_ids(params),
             metrics=RequestMetrics(arrival_s=arrival_s),
         )
-        needs_host_sync = any(len(ids) > 1 for ids in request.bad_words_ids)
+        is_host_synced = needs_host_sync(request.bad_words_ids)
         request.sequences = [
-            TokenSequence(request, index, needs_host_sync=needs_host_sync)
+            TokenSequence(request, index, needs_host_sync=is_host_synced)
             for index in range(params.n)
         ]
         return request
@@ -109,13 +110,7 @@ class RequestFactory:
         return check_token_ids(prompt, self._vocab_size)
 
     def _check_params(self, params: SamplingParams) -> None:
-        named = [("stop_token_ids", token_id) for token_id in params.stop_token_ids or ()]
-        named += [("logit_bias", token_id) for token_id in params.logit_bias or ()]
-        for name, token_id in named:
-            if token_id >= self._vocab_size:
-                last = self._vocab_size - 1
-                msg = f"{name} has token id {token_id}; the model has ids 0 to {last}."
-                raise RequestError(msg)
+        check_params(params, self._vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
             if count is not None and count > self._vocab_size:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.core.scheduler_stats import SchedulerStats
 
 _RATE_WINDOW_S = 5.0
 
@@ -85,6 +89,37 @@ class Counters:
         self._recent.append((now, num_new_tokens))
         while self._recent and now - self._recent[0][0] > _RATE_WINDOW_S:
             self._recent.popleft()
+
+    def snapshot(
+        self,
+        scheduler: SchedulerStats,
+        *,
+        weight_bytes: int,
+        kv_cache_bytes: int,
+        start_s: float,
+    ) -> EngineStats:
+        """These counts, the scheduler's and the engine's sizes as one `EngineStats`."""
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            peak_running=scheduler.peak_running,
+            kv_blocks_used=scheduler.blocks_used,
+            kv_blocks_total=scheduler.blocks_total,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            requests_finished=self.requests_finished,
+            requests_failed=self.requests_failed,
+            requests_aborted=self.requests_aborted,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self.steps,
+            tokens_per_s=self.tokens_per_s(),
+            host_ms_per_step=1e3 * self.host_s / max(self.steps, 1),
+            weight_bytes=weight_bytes,
+            kv_cache_bytes=kv_cache_bytes,
+            start_s=start_s,
+        )
 
     def tokens_per_s(self) -> float:
         """Output tokens per second over the last few seconds."""

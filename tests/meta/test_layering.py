@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"core", "models", "kernels", "loader"},
 }
 ROOMS = set(ALLOWED)
-TOP_ONLY = {"engine", "llm", "build", "loop", "shared", "progress", "prompts"}
+TOP_ONLY = {"engine", "llm", "build", "ending", "loop", "shared", "progress", "prompts"}
 
 
 def imported_modules(path: Path) -> list[str]:

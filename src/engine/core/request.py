@@ -126,17 +126,21 @@ class Sequence:
 
     @property
     def seed(self) -> int:
-        """Base of this answer's draws, unsigned 64 bit: the request's seed, spread by `index`."""
-        return splitmix64(self.request.seed + self.index * _GOLDEN_GAMMA)
+        """Base of this answer's draws (see `answer_seed`)."""
+        return answer_seed(self.request.seed, self.index)
 
 
-def splitmix64(value: int) -> int:
-    """Scramble a 64-bit number so that neighbouring seeds are unrelated.
+def answer_seed(seed: int, index: int) -> int:
+    """Unsigned 64-bit seed of answer `index` of a request, so that answers differ under one seed.
 
     The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014).
+    generators", OOPSLA 2014) over the seed advanced by its golden-ratio step.
+
+    Args:
+        seed: The request's seed; negative ones count modulo 2^64.
+        index: Which of the `n` answers, >= 0.
     """
-    value = (value + _GOLDEN_GAMMA) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
+    z = (seed + (index + 1) * _GOLDEN_GAMMA) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)

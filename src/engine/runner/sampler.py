@@ -20,14 +20,13 @@ import torch
 from engine.kernels.sampling_reference import SamplingTables
 from engine.runner.sampling_cpu import sample_on_cpu
 from engine.runner.sampling_logprobs import gather_logprobs
-from engine.runner.sampling_rules import answer_seed, check_params, needs_host_sync
+from engine.runner.sampling_rules import check_params, needs_host_sync
 from engine.runner.sampling_tables import SamplerVariant, SamplingState, banned_tokens
 from engine.sampling_params import SamplingParams
 
 __all__ = [
     "Sampler",
     "SamplerVariant",
-    "answer_seed",
     "banned_tokens",
     "check_params",
     "gather_logprobs",
@@ -88,7 +87,7 @@ class Sampler:
         Args:
             row: Its state index.
             params: Its options, checked by `check_params`.
-            seed: Of this answer, taken modulo 2^64; see `answer_seed`.
+            seed: Of this answer, taken modulo 2^64; see `engine.core.request.answer_seed`.
             prompt_token_ids: For the repetition penalty and to count from for `min_tokens`.
             output_token_ids: New tokens so far.
             stop_token_ids: Never sampled before `min_tokens`; ids beyond V are skipped.

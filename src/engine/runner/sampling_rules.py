@@ -10,8 +10,6 @@ from engine.sampling_params import SamplingParams
 MAX_LOGIT_BIAS = 4096
 """Most entries of one `logit_bias`; bounds the per-row table, which is as wide as the widest."""
 
-_WORD64 = (1 << 64) - 1
-
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Refuse options that name tokens the model does not have. Called when a request is submitted.
@@ -42,22 +40,6 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
             "Keep those with the largest effect."
         )
         raise RequestError(msg)
-
-
-def answer_seed(seed: int, index: int) -> int:
-    """64-bit seed of answer `index` of a request, so that answers differ under one seed.
-
-    The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over the seed advanced by its
-    golden-ratio step.
-
-    Args:
-        seed: The request's seed; negative ones count modulo 2^64.
-        index: Which of the `n` answers, >= 0.
-    """
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _WORD64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD64
-    return z ^ (z >> 31)
 
 
 def needs_host_sync(bad_words_ids: Sequence[Sequence[int]]) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from sampler_support import FILTERS, draw, hugging_face_kept, make_sampler
 
+from engine.core.request import answer_seed
 from engine.kernels import sampling_reference as twin
-from engine.runner.sampler import Sampler, answer_seed
+from engine.runner.sampler import Sampler
 from engine.sampling_params import SamplingParams
 
 NUM_DRAWS = 4000

@@ -1,0 +1,51 @@
+"""How an engine's thread begins and how an engine ends: what it sets, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.build import EngineParts, device_context, return_stream
+from engine.loop import EngineLoop
+from engine.runner.threads import default_num_threads, set_own_num_threads
+
+_EXIT_TIMEOUT_S = 10.0
+"""How long a forgotten engine may hold up the interpreter's exit: the step that runs."""
+
+
+def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
+    """What the engine thread sets for itself alone before it runs the loop.
+
+    Returns:
+        A function that takes the loop's body and runs it inside. It keeps no reference to `parts`,
+        so that a forgotten engine can be collected while its thread waits.
+    """
+    device, stream = parts.resolved.device, parts.stream
+    num_threads = parts.resolved.requested.num_threads
+
+    def run_inside(body: Callable[[], None]) -> None:
+        if device.type == "cpu":
+            set_own_num_threads(num_threads or default_num_threads())
+        with device_context(device, stream), torch.inference_mode():
+            body()
+
+    return run_inside
+
+
+def shut_down(loop: EngineLoop, parts: EngineParts) -> None:
+    """End the loop without draining and free everything; the finalizer of an engine."""
+    if loop.stop(drain=False, timeout=_EXIT_TIMEOUT_S):
+        free_parts(parts)
+
+
+def free_parts(parts: EngineParts) -> None:
+    """Drop weights, KV cache and graphs, and give the GPU's memory back to the driver."""
+    parts.runner.close()
+    parts.release_model()
+    device = parts.resolved.device
+    if parts.stream is not None:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        return_stream(device, parts.stream)
