@@ -101,7 +101,7 @@ class SamplingFields(BaseModel):
     """How many of the likeliest tokens to report per position; switches `logprobs` on."""
 
     prompt_logprobs: int | None = _default("prompt_logprobs")
-    """The same for the prompt's tokens. Not available while streaming."""
+    """How many likeliest tokens to report for each token of the prompt."""
 
     skip_special_tokens: bool = _default("skip_special_tokens")
     """Leave control tokens out of the text."""
@@ -145,7 +145,8 @@ def make_sampling_params(
             given["stop"] = merge_stop(values.get("stop"), given["stop"])
         values |= given
     values["logprobs"] = _num_logprobs(values.get("logprobs"), values.pop("top_logprobs", None))
-    return SamplingParams.from_kwargs(**values)
+    check_names(values, _ENGINE_DEFAULTS, "sampling parameter")
+    return SamplingParams(**values)
 
 
 def merge_stop(*groups: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -1,7 +1,8 @@
 """A deterministic stand-in for `engine.Engine`: same face, real handles, no model.
 
 A token is a character. The answer to a prompt is its text reversed, one token a step, so that every
-test can say what it expects. A thread runs the steps; `step_s` slows them down, `gate` stops them.
+test can say what it expects; "_" is a token without text. A thread runs the steps; `step_s` slows
+them down, `gate` stops them. Prompts that say REFUSE are refused at submit, FAIL fails later.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ class FakeRequest:
         """Grow by one character; the new text."""
         if self.metrics.first_token_s is None:
             self.metrics.first_scheduled_s = self.metrics.first_token_s = time.monotonic()
-        new = self.answer[self.position : self.position + 1]
+        new = self.answer[self.position : self.position + 1].replace("_", "")
         self.position += 1
         self.text += new
         for stop in self.params.stop or ():

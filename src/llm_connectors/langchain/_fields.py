@@ -234,8 +234,12 @@ class LocalModelFields(SamplingFields):
             return make_sampling_params(fields, given)
         memo = self._params_memo
         if memo is None or memo[0] != fields:
-            # The copy notices a later change inside a list that a field holds.
-            memo = self._params_memo = (copy.deepcopy(fields), make_sampling_params(fields))
+            # Copies of containers notice a later change inside a list that a field holds.
+            seen = {
+                name: copy.deepcopy(value) if isinstance(value, list | dict) else value
+                for name, value in fields.items()
+            }
+            memo = self._params_memo = (seen, make_sampling_params(fields))
         return memo[1]
 
     # ---------------------------------------------------------------- identity

@@ -56,6 +56,7 @@ def iterate(handle: RequestHandle, timeout: float | None) -> Generator[Piece]:
     finally:
         if timer is not None:
             timer.cancel()
+        # Now, and not when the handle's own iterator happens to be collected.
         handle.abort()
 
 

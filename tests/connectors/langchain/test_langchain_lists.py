@@ -262,13 +262,24 @@ def test_call_options_and_the_cache(model_class, fake_engine):
     """`BaseLLM` leaves call options out of its key, so they must not be answered from it."""
     model = model_class(engine=fake_engine, cache=InMemoryCache())
     model.invoke("aa")
-    model.invoke("aa", temperature=0.0)
-    model.batch(["aa", "bb"], temperature=0.0)
-    temperatures = [one.params.temperature for one in fake_engine.requests]
-    assert temperatures[:2] == [1.0, 0.0]
-    assert set(temperatures[1:]) == {0.0}
-    asyncio.run(model.ainvoke("aa", temperature=0.1))
-    assert fake_engine.requests[-1].params.temperature == 0.1
+    model.batch(["aa", "bb"])
+    asked = len(fake_engine.requests)
+    assert asked == 2
+
+    calls = [
+        lambda: model.invoke("aa", temperature=0.1),
+        lambda: asyncio.run(model.ainvoke("aa", temperature=0.2)),
+        lambda: model.batch(["aa", "bb"], temperature=0.3),
+        lambda: asyncio.run(model.abatch(["aa", "bb"], temperature=0.4)),
+    ]
+    for call, temperature in zip(calls, (0.1, 0.2, 0.3, 0.4), strict=True):
+        call()
+        new = fake_engine.requests[asked:]
+        assert new, f"temperature={temperature} was answered with what was sampled at 1"
+        assert {one.params.temperature for one in new} == {temperature}
+        asked += len(new)
+    model.invoke("aa")
+    assert len(fake_engine.requests) == asked, "the entry made without options is still there"
 
 
 def test_constructor_stop_is_part_of_the_cache_key(model_class, fake_engine):
