@@ -192,10 +192,11 @@ def _kth_largest(values: FloatRow, k: int) -> float:
 
 
 def _weights(values: FloatRow, row_max: float, inv_temperature: float) -> FloatRow:
-    scaled = values - np.float32(row_max)
+    scaled: FloatRow = values - np.float32(row_max)
     if inv_temperature != 1.0:
         scaled *= np.float32(inv_temperature)
-    return np.exp(scaled, out=scaled)
+    np.exp(scaled, out=scaled)
+    return scaled
 
 
 def _invert_long_cdf(weights: FloatRow, uniform: float) -> int:
