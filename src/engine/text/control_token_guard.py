@@ -23,6 +23,10 @@ _INDEX_DIGITS = 6
 class ControlTokenGuard:
     """Finds control tokens in a caller's strings. Immutable, one per tokenizer.
 
+    Attributes:
+        nonce: Digits drawn at random, which begin every stand-in.
+        stand_in: Pattern of a stand-in; its group is an index.
+
     Args:
         control_tokens: The tokenizer's control tokens.
     """
@@ -39,10 +43,16 @@ class ControlTokenGuard:
             for length in range(1, len(token))
         }
         self._beginnings = frozenset(beginnings)
+        self._last_chars = frozenset(beginning[-1] for beginning in beginnings)
         self._max_beginning_chars = max(map(len, beginnings), default=0)
+        # Unknown to callers. Who knew it could at most repeat another text of the same chat.
+        self.nonce = f"{secrets.randbelow(10**_NONCE_DIGITS):0{_NONCE_DIGITS}d}"
+        self.stand_in = re.compile(rf"{self.nonce}([0-9]{{{_INDEX_DIGITS}}})")
 
     def split_off_beginning(self, text: str) -> tuple[str, str]:
         """`text` cut before the longest end of it that begins a control token."""
+        if text[-1:] not in self._last_chars:
+            return text, ""
         for length in range(min(self._max_beginning_chars, len(text)), 0, -1):
             if text[-length:] in self._beginnings:
                 return text[:-length], text[-length:]
@@ -59,8 +69,7 @@ class ControlTokenCover:
     def __init__(self, guard: ControlTokenGuard, whole: re.Pattern[str] | None) -> None:
         self._guard = guard
         self._whole = whole
-        self._nonce = f"{secrets.randbelow(10**_NONCE_DIGITS):0{_NONCE_DIGITS}d}"
-        self._stand_in = re.compile(rf"{self._nonce}([0-9]{{{_INDEX_DIGITS}}})")
+        self._nonce = guard.nonce
         self._hidden: dict[str, int] = {}
 
     def unused_text(self) -> str:
@@ -97,12 +106,14 @@ class ControlTokenCover:
         """
         if not self._hidden:
             return rendered
-        originals = list(self._hidden)
-        revealed = self._stand_in.sub(lambda match: originals[int(match.group(1))], rendered)
+        originals = dict(enumerate(self._hidden))
+        revealed = self._guard.stand_in.sub(
+            lambda match: originals.get(int(match.group(1)), match.group()), rendered
+        )
         if self._nonce[: _NONCE_DIGITS // 2] in revealed:
             msg = (
                 "The chat template cuts messages apart inside a control token "
-                f"({', '.join(map(repr, originals[:5]))}). Remove it from the messages."
+                f"({', '.join(map(repr, list(self._hidden)[:5]))}). Remove it from the messages."
             )
             raise RequestError(msg)
         return revealed

@@ -50,7 +50,8 @@ def parts_from_gguf_metadata(metadata: Mapping[str, Any]) -> TokenizerParts:
             "folder as `tokenizer`."
         )
         raise UnsupportedModelError(msg)
-    _add_tokens(backend, tokens, types)
+    is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
+    _add_tokens(backend, tokens, types, swallow_space=is_phi3)
     ids = {name: _token_id(metadata, key, tokens) for name, key in _SPECIAL_TOKEN_KEYS.items()}
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -228,14 +229,27 @@ def _merges_from_scores(
     return merges
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+# Phi-3's own tokenizer drops white space after every added token but these.
+_PHI3_KEEPS_SPACE_AFTER = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    *,
+    swallow_space: bool,
+) -> None:
     """Control tokens become special; user-defined ones always match, but are plain text."""
-    special, plain = [], []
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _UNKNOWN):
-            special.append(AddedToken(token, special=True, normalized=False))
-        elif kind == _USER_DEFINED:
-            plain.append(AddedToken(token, special=False, normalized=False))
+        if kind not in (_CONTROL, _UNKNOWN, _USER_DEFINED):
+            continue
+        is_special = kind != _USER_DEFINED
+        rstrip = swallow_space and token not in _PHI3_KEEPS_SPACE_AFTER
+        added = AddedToken(token, special=is_special, normalized=False, rstrip=rstrip)
+        (special if is_special else plain).append(added)
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
 

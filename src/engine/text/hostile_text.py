@@ -13,7 +13,7 @@ HOSTILE_TEXTS: tuple[str, ...] = (
     "\u200b\u200d\ufeff\u00ad zero", "https://example.com/a?b=c&d=%20#e_f",
     "{\"k\": [1, 2.5, null]}", "```py\nx\n```", "----====////", "'s 'S 'ſ 'll 'LL' \u2019s",
     "DON'T don't Don'T", "CamelCaseHTMLParser ǅ ʰa", "<|im_start|>user",
-    "\U000a0000\U000f0000\U0010ffff \ue000", "\U00011de0 \U00016ff4 a\U00011f50", "a" * 300,
+    "\U000a0000\U000f0000\U0010ffff \ue000", "\U00011de0  \U00016ff4 a\U00011f50", "a" * 300,
     " " * 70, "\n" * 40 + " " * 40, "ab1" * 60, "!?" * 80,
     "\U0001e030\U00011383\U00031350 \u1c89x",
 )  # fmt: skip

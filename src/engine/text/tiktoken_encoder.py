@@ -36,10 +36,10 @@ from engine.text.reference_encoder import ReferenceEncoder
 from engine.text.split_patterns import SplitRule, split_rule
 from engine.text.token_pieces import TokenPieces, component_state
 
-# The regex engine under tiktoken keeps a stack of at most 10**6 entries and panics above; a run of
-# white space takes about 3 entries a character.
-_LONG_TEXT_CHARS = 100_000
-_LONG_RUN = re.compile(r"\s{100000}")
+# The regex engine under tiktoken keeps a stack of 10**6 entries and panics above; the lookahead
+# after white space takes one for each character of a run.
+_LONG_RUN_CHARS = 500_000
+_WHITE_SPACE = re.compile(r"\s+")
 
 
 class NotProvenError(Exception):
@@ -91,7 +91,7 @@ class TiktokenEncoder:
             text: Without lone surrogates.
             parse_special: Turn control tokens written in the text into their ids.
         """
-        if len(text) > _LONG_TEXT_CHARS and _LONG_RUN.search(text):
+        if len(text) > _LONG_RUN_CHARS and _has_long_run(text):
             return None
         is_ascii = text.isascii()
         if self._excluded is not None and not is_ascii and self._excluded.search(text):
@@ -118,6 +118,11 @@ class TiktokenEncoder:
             if fast is not None and fast != reference.encode(text, parse_special=False):
                 msg = f"tiktoken encodes {text!r} differently"
                 raise NotProvenError(msg)
+
+
+def _has_long_run(text: str) -> bool:
+    runs = _WHITE_SPACE.finditer(text)
+    return any(run.end() - run.start() > _LONG_RUN_CHARS for run in runs)
 
 
 def _checked_split(backend: tokenizers.Tokenizer) -> SplitRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,31 @@ def test_demo_model(chat: str) -> None:
     )
     assert template.render(CHATS[chat]) == text
     assert template.encode(CHATS[chat]) == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", ["[/INST]", " a [/INST].b", "x\n[/INST][/INST]", "é [/INST"])
+def test_a_control_token_in_a_message_reads_like_no_token(
+    kind: str, content: str, tmp_path: Path
+) -> None:
+    """The ids are those of a tokenizer that never heard of the control token in question."""
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    backend = backend_of(kind)
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "all", backend, **names))
+    whole = json.loads(backend.to_str())
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] in CONTROL[:-1]]
+    innocent = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    write_folder(tmp_path / "fewer", innocent)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "fewer" / "tokenizer.json"), **names
+    )
+    chat = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": f"no {content}"},
+        {"role": "user", "content": "ok"},
+    ]
+    for source in (TEMPLATES["chatml"], TEMPLATES["gemma"], TEMPLATES["plain"]):
+        text, ids = their_answer(theirs, source, chat, add_generation_prompt=True)
+        template = ChatTemplate(source, tokenizer)
+        assert template.render(chat) == text
+        assert template.encode(chat) == ids

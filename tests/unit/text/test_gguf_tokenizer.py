@@ -11,6 +11,7 @@ from text_samples import hostile_texts
 from text_tokenizers import trained_byte_level, trained_sentencepiece_like
 
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.text.chat_template import ChatTemplate
 from engine.text.split_patterns import GGUF_PRE_TOKENIZERS
 from engine.text.tokenizer import Tokenizer
 
@@ -210,3 +211,23 @@ def test_sentencepiece_scores_must_tell_an_order() -> None:
     del metadata["tokenizer.ggml.scores"]
     with pytest.raises(CheckpointError, match="no scores"):
         Tokenizer.from_gguf_metadata(metadata)
+
+
+def test_phi3_swallows_white_space_after_control_tokens() -> None:
+    metadata = sentencepiece_metadata() | {"general.architecture": "phi3"}
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    metadata["tokenizer.ggml.tokens"][last] = "<|user|>"
+    metadata["tokenizer.ggml.token_type"][last] = 3
+    tokenizer = Tokenizer.from_gguf_metadata(metadata)
+    assert tokenizer.encode("<|user|>\n the", parse_special=True) == tokenizer.encode(
+        "<|user|>the", parse_special=True
+    )
+    spaced = tokenizer.encode("<s> the", parse_special=True)
+    assert spaced != tokenizer.encode("<s>the", parse_special=True)
+    # A message with a control token is encoded in parts; those drop the same white space.
+    template = ChatTemplate("<|user|>\n{{ messages[0].content }}", tokenizer)
+    chat = [{"role": "user", "content": "the </s>"}]
+    assert template.encode(chat)[1:] == [
+        last,
+        *tokenizer.encode("the </s>", add_special_tokens=False),
+    ]

@@ -97,6 +97,20 @@ def test_other_added_tokens_always_match(qwen: Tokenizer) -> None:
     assert qwen.decode(ids) == "<think>x</think>"
 
 
+def test_added_tokens_that_overlap(tmp_path: Path) -> None:
+    oracle = copied(trained_byte_level("gpt2"))
+    oracle.add_special_tokens(["<a>", "<a>b", "a>b<", "<a"])
+    oracle.add_tokens([AddedToken(text, normalized=False) for text in ("b<a>", "b", "><", "<é>")])
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, oracle))
+    assert tokenizer.backend == "tiktoken"
+    for parse_special in (False, True):
+        oracle.encode_special_tokens = not parse_special
+        for text in ("<a>b<a>b", "x<a>b<é>b<a", "<a>", "<a><a>b<a>", "a>b<a>b<", "<a" * 5, "b><b"):
+            ids = tokenizer.encode(text, parse_special=parse_special)
+            assert ids == oracle.encode(text, add_special_tokens=False).ids, text
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("kind", ["llama3", "marked"])
 def test_bos_is_added_once(tmp_path: Path, kind: str, eos: bool) -> None:

@@ -114,7 +114,7 @@ def test_recent_numerals_go_through_the_pipeline(trained: Callable[[str], Pair])
     assert len(numerals) > 80
     for numeral in numerals:
         assert unicodedata.category(numeral) in ("Nd", "Nl", "No", "Cn")
-        assert_same(pair, f"a{numeral}b {numeral}1{numeral}{numeral}.")
+        assert_same(pair, f"a{numeral}b {numeral}1{numeral}{numeral}.   {numeral}")
 
 
 @pytest.mark.demo_model
@@ -126,9 +126,11 @@ def test_bytes_that_are_no_token(demo: Pair) -> None:
 
 
 @pytest.mark.demo_model
-@pytest.mark.parametrize("text", [" " * 400_000 + "x", "x" + "\n \t" * 150_000])
+@pytest.mark.parametrize("text", [" " * 1_100_000 + "x", " x" + "\n \t" * 100_000 + "1"])
 def test_very_long_runs(demo: Pair, text: str) -> None:
-    assert_same(demo, text)
+    """tiktoken alone would panic on the first."""
+    tokenizer, oracle = demo
+    assert tokenizer.encode(text) == oracle_ids(oracle, text, parse_special=False)
 
 
 @pytest.mark.demo_model
