@@ -48,6 +48,20 @@ def device() -> torch.device:
     return torch.device("cpu" if IS_INTERPRETED else "cuda")
 
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (dtype, block_size, num_q_heads, num_kv_heads): each axis by itself and a few corners, since each
+# case compiles two kernels of seconds each.
+ATTENTION_GRID = (
+    [(FP32, 16, 9, 3), (FP32, 64, 9, 3), (FP16, 16, 9, 3), (FP16, 64, 9, 3)]
+    if IS_INTERPRETED
+    else [
+        *((BF16, block_size, 9, 3) for block_size in (16, 32, 64, 128)),
+        *((BF16, 64, *heads) for heads in ((3, 3), (8, 2), (8, 1), (32, 1))),
+        *((dtype, *rest) for dtype in (FP16, FP32) for rest in ((64, 9, 3), (16, 8, 2))),
+    ]
+)
+
+
 def on_gpu_only(*values: object) -> list[object]:
     """Parameters too slow for the interpreter."""
     return [] if IS_INTERPRETED else list(values)
@@ -79,11 +93,7 @@ def check_attention(case: AttentionCase, device: torch.device, **options: object
     assert torch.equal(attend(case, device, **options), got), "same input, other bits"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [16, 64, *on_gpu_only(32, 128)])
-@pytest.mark.parametrize(
-    ("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((3, 3), (8, 2), (8, 1), (32, 1))]
-)
+@pytest.mark.parametrize(("dtype", "block_size", "num_q_heads", "num_kv_heads"), ATTENTION_GRID)
 def test_decode(
     device: torch.device, dtype: torch.dtype, block_size: int, num_q_heads: int, num_kv_heads: int
 ) -> None:
@@ -101,11 +111,7 @@ def test_decode(
     check_attention(case, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [16, 64, *on_gpu_only(32, 128)])
-@pytest.mark.parametrize(
-    ("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((3, 3), (8, 2), (8, 1), (32, 1))]
-)
+@pytest.mark.parametrize(("dtype", "block_size", "num_q_heads", "num_kv_heads"), ATTENTION_GRID)
 def test_prefill(
     device: torch.device, dtype: torch.dtype, block_size: int, num_q_heads: int, num_kv_heads: int
 ) -> None:
@@ -123,17 +129,29 @@ def test_prefill(
     check_attention(case, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [80, *on_gpu_only(16, 96, 128, 256)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [
+        (FP32, 80),
+        *on_gpu_only(*((BF16, head_dim) for head_dim in (16, 80, 96, 128, 256))),
+        *on_gpu_only((FP16, 128), (FP32, 256)),
+    ],
+)
 def test_mixed_batch_of_head_dim(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     check_attention(
         make_case([(7, 1), (270, 1), (0, 5), (60, 70)], dtype=dtype, head_dim=head_dim), device
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [16, *on_gpu_only(64)])
-@pytest.mark.parametrize("window", [5, 70, *on_gpu_only(64, 300, 4096)])
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "window"),
+    [
+        (FP32, 16, 5),
+        (FP16, 16, 70),
+        *on_gpu_only((BF16, 16, 5), (BF16, 16, 70), (FP32, 64, 70)),
+        *on_gpu_only((BF16, 64, 64), (BF16, 64, 300), (BF16, 64, 4096)),
+    ],
+)
 def test_sliding_window_reads_nothing_before_it(
     device: torch.device, dtype: torch.dtype, window: int, block_size: int
 ) -> None:
@@ -310,8 +328,10 @@ def test_unknown_activation(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [None, 0.0, *on_gpu_only(1.0)])
-@pytest.mark.parametrize(("head_dim", "rot_dim"), [(64, 64), (80, 32), *on_gpu_only((128, 0))])
-@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), *on_gpu_only((1, 1), (32, 8))])
+@pytest.mark.parametrize(
+    ("head_dim", "rot_dim", "num_q_heads", "num_kv_heads"),
+    [(64, 64, 9, 3), (80, 32, 9, 3), *on_gpu_only((80, 32, 32, 8), (128, 0, 1, 1))],
+)
 def test_rope_write_kv(
     device: torch.device,
     dtype: torch.dtype,
@@ -379,3 +399,73 @@ def test_rows_of_a_linear_layer_never_change_each_other(
     for count in (1, 2, 33, num_rows - 1):
         assert torch.equal(linear(x[-count:], weight, bias), want[-count:]), count
     assert linear(x[:6].reshape(2, 3, -1), weight).shape == (2, 3, shape[1])
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="captures a CUDA graph")
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_captured_step_follows_the_lengths_on_the_device(
+    device: torch.device, window: int | None
+) -> None:
+    # Both batches lie in the same blocks; the graph's bounds fit either.
+    case = make_case([(3000, 1), (40, 1), (200, 1), (0, 20), (33, 30)], block_size=64).on(device)
+    shorter = case.metadata.seq_lens - torch.tensor([2900, 41, 7, 0, 2], device=device).int()
+    metadata = dataclasses.replace(
+        case.metadata,
+        max_seq_len=8192,
+        seq_lens_host=None,
+        query_lens_host=None,
+        block_table_host=None,
+    )
+    arguments = {"softmax_scale": case.softmax_scale, "sliding_window": window}
+
+    def step() -> torch.Tensor:
+        dispatch.begin_step(metadata)
+        layers = [
+            dispatch.paged_attention(case.q, case.k_cache, case.v_cache, metadata, **arguments)
+            for _ in range(2)
+        ]
+        return torch.stack(layers)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured, eager)
+    metadata.seq_lens.copy_(shorter)
+    graph.replay()
+    got = captured.clone()
+    assert torch.equal(got, step())
+    assert not torch.equal(got[0, 0], eager[0, 0])
+    assert (got[:, 1] == 0).all(), "a sequence of length 0 is padding"
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="needs the memory of a GPU")
+@pytest.mark.large_memory
+def test_offsets_beyond_32_bits(device: torch.device) -> None:
+    block_size, num_kv_heads, head_dim = 64, 8, 128
+    block_elements = block_size * num_kv_heads * head_dim
+    # The first block whose first element's offset no longer fits in a signed 32-bit integer.
+    first_far = 2**31 // block_elements
+    shape = (first_far + 8, block_size, num_kv_heads, head_dim)
+    k_cache, v_cache = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in "kv")
+    blocks = [[first_far + 7, first_far, first_far + 3], [first_far + 1, first_far + 5]]
+    near = make_metadata([(150, 1), (0, 100)], block_size, [[0, 1, 2], [3, 4]])
+    far = make_metadata([(150, 1), (0, 100)], block_size, blocks)
+    sizes = {"num_q_heads": 8, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    prompt = make_metadata([(0, 150)], block_size, [[0, 1, 2]])
+    far_prompt = make_metadata([(0, 150)], block_size, blocks[:1])
+    results = []
+    for metadata, prefix in ((near, prompt), (far, far_prompt)):
+        torch.manual_seed(0)
+        for part in (prefix, metadata):
+            qkv = torch.randn(len(part.positions), 24 * head_dim, device=device).bfloat16()
+            on_device = metadata_on(part, device)
+            q = dispatch.rope_write_kv(qkv, on_device, None, k_cache, v_cache, **sizes)
+        results.append(dispatch.paged_attention(q, k_cache, v_cache, on_device, softmax_scale=0.1))
+    assert torch.equal(*results)
+    assert results[0].abs().sum() > 0

@@ -11,12 +11,13 @@ Batch invariance, bit for bit, is by construction and does not depend on the num
 - *Linear, float32.* See `batch_invariant_linear`.
 
 Why this shape: one thread of a Zen 4 core, 3 KV heads, group 3, head_dim 64, bf16, per sequence of
-256 tokens in a batch of 32 (torch 2.13): flash SDPA 39 µs, gather 6 + two `bmm` and a softmax 12.
-Flash SDPA packs K and V for its inner products on every call, which three query rows never pay
-back; it wins from about 64 query rows on, so prefill uses it. On two threads its float32 result
-also depends on which thread took the work (scratch of 3 rows is not 64-byte aligned; a tile's is).
-Gathering costs 5-15 % of the arithmetic, so no view of consecutive blocks is attempted, and slots
-past a sequence's end are never read, whatever they hold.
+256 tokens in a batch of 32 (torch 2.13): flash SDPA 39 µs; two `bmm` and a softmax 12, and 12 to
+24 more to gather the keys heads-first, cold, into buffers that the layers of a step share (fresh
+ones would be mapped and cleared by the system every time: up to 100 µs). Flash SDPA packs K and V
+for its inner products on every call, which three query rows never pay back; it wins from about 64
+query rows on, so prefill uses it. On two threads its float32 result also depends on which thread
+took the work (scratch of 3 rows is not 64-byte aligned; a tile's is). Because everything is
+gathered, slots past a sequence's end are never read, whatever they hold.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ __all__ = [
 ]
 
 TILE = 64
-# Gathered K of one group of sequences: beyond this it falls out of the cache and everything slows
-# by half (measured at 12 MiB against 6 MiB).
+# Gathered keys of one group of sequences. Of 0.5 to 4 MiB, 4 was the fastest for 64 sequences of
+# 256 tokens (fewer calls); far more would fall out of the L3 cache between gather and product.
 MAX_GROUP_BYTES = 4 * 2**20
 
 Int64Array = npt.NDArray[np.int64]
@@ -55,12 +56,12 @@ class _DecodeGroup:
 
     Attributes:
         rows: [S] int64, their rows in the batch.
-        kv_rows: [S * Hkv * P] int64, rows of a cache seen as [num_blocks * block_size * Hkv, D].
+        slots: [S * P] int64, where the keys lie in the cache.
         mask: [S, 1, 1, P], 0 or -inf.
     """
 
     rows: torch.Tensor
-    kv_rows: torch.Tensor
+    slots: torch.Tensor
     mask: torch.Tensor
 
 
@@ -85,9 +86,9 @@ class _Tile:
 
 @dataclass(slots=True)
 class _PrefillSequence:
-    """One prefilling sequence: `kv_rows` [Hkv * P] int64 as above, and its tiles."""
+    """One prefilling sequence: `slots` [P] int64 of the keys it needs, and its tiles."""
 
-    kv_rows: torch.Tensor
+    slots: torch.Tensor
     tiles: list[_Tile]
 
 
@@ -97,12 +98,15 @@ class _AttentionPlan:
 
     Attributes:
         decode_groups: Decoding sequences by padded length.
+        gathered: [3, Hkv * D * most keys of a group]: room for tokens as they lie in the cache,
+            then for keys and for values heads-first.
         prefills: Prefilling sequences.
         is_uniform: One group holds all rows of q in order: no shuffling of q and out.
         has_padding: Some rows of q belong to no sequence, or to one of length 0.
     """
 
     decode_groups: list[_DecodeGroup]
+    gathered: torch.Tensor
     prefills: list[_PrefillSequence]
     is_uniform: bool
     has_padding: bool
@@ -210,9 +214,10 @@ def paged_attention(
         ("attention", sliding_window, num_kv_heads, head_dim, block_size, q.dtype, num_tokens),
         lambda: _plan_attention(metadata, q, num_kv_heads, block_size, sliding_window),
     )
-    k_rows, v_rows = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
     if out is None and plan.is_uniform:
-        mixed = _decode(q, k_rows, v_rows, plan.decode_groups[0], softmax_scale, logit_softcap)
+        mixed = _decode(
+            q, k_cache, v_cache, plan.decode_groups[0], plan.gathered, softmax_scale, logit_softcap
+        )
         return mixed.view(num_tokens, num_q_heads * head_dim)
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads * head_dim)
@@ -220,12 +225,20 @@ def paged_attention(
         out.zero_()
     for group in plan.decode_groups:
         mixed = _decode(
-            q.index_select(0, group.rows), k_rows, v_rows, group, softmax_scale, logit_softcap
+            q.index_select(0, group.rows),
+            k_cache,
+            v_cache,
+            group,
+            plan.gathered,
+            softmax_scale,
+            logit_softcap,
         )
         out.index_copy_(0, group.rows, mixed.view(-1, num_q_heads * head_dim))
     for sequence in plan.prefills:
-        k = k_rows.index_select(0, sequence.kv_rows).view(num_kv_heads, -1, head_dim)
-        v = v_rows.index_select(0, sequence.kv_rows).view(num_kv_heads, -1, head_dim)
+        k, v = (
+            cache.flatten(0, 1).index_select(0, sequence.slots).transpose(0, 1).contiguous()
+            for cache in (k_cache, v_cache)
+        )
         for tile in sequence.tiles:
             rows = slice(tile.first_row, tile.first_row + tile.num_rows)
             mixed = _prefill_tile(
@@ -237,19 +250,26 @@ def paged_attention(
 
 def _decode(
     q: torch.Tensor,
-    k_rows: torch.Tensor,
-    v_rows: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
     group: _DecodeGroup,
+    gathered: torch.Tensor,
     softmax_scale: float,
     logit_softcap: float,
 ) -> torch.Tensor:
     """Attention of one group: q [S, Hq, D] -> [S * Hkv, Hq / Hkv, D]."""
     num_seqs, num_q_heads, head_dim = q.shape
-    num_keys = group.mask.shape[-1]
-    k = k_rows.index_select(0, group.kv_rows).view(-1, num_keys, head_dim)
-    v = v_rows.index_select(0, group.kv_rows).view(-1, num_keys, head_dim)
-    num_kv_heads = k.shape[0] // num_seqs
+    num_kv_heads, num_keys = k_cache.shape[2], group.mask.shape[-1]
     heads_per_kv = num_q_heads // num_kv_heads
+    width = num_kv_heads * head_dim
+    tokens, *heads_first = gathered[:, : num_seqs * num_keys * width]
+    for cache, matrices in zip((k_cache, v_cache), heads_first, strict=True):
+        # Whole tokens first, heads apart second: from cold memory a third faster than head by head.
+        torch.index_select(cache.view(-1, width), 0, group.slots, out=tokens.view(-1, width))
+        shape = (num_seqs, num_keys, num_kv_heads, head_dim)
+        transposed = tokens.view(shape).transpose(1, 2)
+        matrices.view(transposed.shape).copy_(transposed)
+    k, v = (matrices.view(-1, num_keys, head_dim) for matrices in heads_first)
     return _masked_attention(
         q.reshape(-1, heads_per_kv, head_dim),
         k,
@@ -364,18 +384,16 @@ def _plan_attention(
     num_tokens, _, head_dim = q.shape
     head_bytes = num_kv_heads * head_dim * q.element_size()
 
-    def kv_rows(rows: Int64Array, low: Int64Array, first: Int64Array, num: int) -> torch.Tensor:
-        """Cache rows of keys `first + [0, num)` of sequences `rows`, [S, Hkv, num] flattened.
+    def slots_of(rows: Int64Array, low: Int64Array, first: Int64Array, num: int) -> torch.Tensor:
+        """Slots of keys `first + [0, num)` of sequences `rows`, [S * num].
 
         Places before `low` or past the end stand for the nearest key that may be read: masked
         scores must be finite.
         """
         tokens = first[:, None] + np.arange(num)
         tokens = np.clip(tokens, low[:, None], seq_lens[rows, None] - 1)
-        slots = table[rows[:, None], tokens // block_size].astype(np.int64) * block_size
-        slots += tokens % block_size
-        heads = np.arange(num_kv_heads)[None, :, None]
-        return torch.from_numpy((slots[:, None, :] * num_kv_heads + heads).reshape(-1))
+        block_ids = table[rows[:, None], tokens // block_size].astype(np.int64)
+        return torch.from_numpy((block_ids * block_size + tokens % block_size).reshape(-1))
 
     decode_groups = []
     low = np.maximum(seq_lens - sliding_window, 0) if sliding_window else np.zeros_like(seq_lens)
@@ -385,7 +403,7 @@ def _plan_attention(
         decode_groups.append(
             _DecodeGroup(
                 rows=torch.from_numpy(rows),
-                kv_rows=kv_rows(rows, low[rows], low[rows], padded_len),
+                slots=slots_of(rows, low[rows], low[rows], padded_len),
                 mask=_mask(torch.from_numpy(is_visible), q.dtype)[:, None, None],
             )
         )
@@ -401,7 +419,7 @@ def _plan_attention(
             lowest = max(0, seq_len - query_len - sliding_window + 1) if sliding_window else 0
             prefills.append(
                 _PrefillSequence(
-                    kv_rows=kv_rows(
+                    slots=slots_of(
                         np.array([row]),
                         np.array([lowest]),
                         np.array([first_key]),
@@ -418,8 +436,10 @@ def _plan_attention(
                 )
             )
         first_row += query_len
+    most_keys = max((len(group.slots) for group in decode_groups), default=0)
     return _AttentionPlan(
         decode_groups=decode_groups,
+        gathered=q.new_empty(3, most_keys * num_kv_heads * head_dim),
         prefills=prefills,
         is_uniform=len(decode_groups) == 1 and len(decode_groups[0].rows) == num_tokens,
         has_padding=first_row < num_tokens or not bool((seq_lens > 0).all()),

@@ -1,0 +1,427 @@
+"""Times the kernels: time, bandwidth or arithmetic, share of the H100's peak, and torch's own way.
+
+`python benchmarks/bench_kernels.py` prints one table, on the GPU inside CUDA graphs as the engine
+runs them, else of the CPU path; rows also go to bench-results/kernels.jsonl. `--sweep` tries other
+tiles for decode and prefill (GPU). Keys and values of a row rotate over enough copies to leave no
+part of them in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from environment import print_table, write_rows
+
+from engine.kernels import dispatch
+from engine.kernels.metadata import AttentionMetadata
+
+PEAK_GB_PER_S = 3000.0  # measured copy bandwidth of an H100 SXM; its data sheet says 3350
+PEAK_TFLOP_PER_S = 700.0  # bf16 as cuBLAS reaches it; 989 on the data sheet
+COLD_BYTES = 200e6  # four times the L2 cache
+CALLS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a model's layer."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """The head counts as the ops take them."""
+        return {
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+        }
+
+
+SHAPES = (
+    Shape("135M", 576, 1536, 9, 3, 64),
+    Shape("0.6B", 1024, 3072, 16, 8, 128),
+    Shape("8B", 4096, 14336, 32, 8, 128),
+)
+DECODES = ((1, 32768), (32, 600), (256, 800), (512, 100))
+CPU_DECODES = ((1, 256), (8, 256), (64, 256), (1, 2048), (8, 2048))
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement. `op` is a name in `dispatch.PUBLIC_OPS`."""
+
+    op: str
+    case: str
+    run: Callable[[int], Any]
+    copies: int = 1
+    num_bytes: float = 0.0
+    flops: float = 0.0
+    baseline: Callable[[int], Any] | None = None
+
+
+def metadata_of(
+    seqs: list[tuple[int, int]], block_size: int, device: torch.device
+) -> AttentionMetadata:
+    """(computed, new) tokens of each sequence over shuffled blocks, decodes first."""
+    counts = [-(-(computed + new) // block_size) for computed, new in seqs]
+    order = torch.randperm(sum(counts), dtype=torch.int32)
+    table = torch.zeros(len(seqs), max(counts), dtype=torch.int32)
+    for row, blocks in enumerate(order.split(counts)):
+        table[row, : len(blocks)] = blocks
+    seq_lens = torch.tensor([computed + new for computed, new in seqs], dtype=torch.int32)
+    query_lens = torch.tensor([new for _, new in seqs], dtype=torch.int32)
+    positions = torch.cat([torch.arange(computed, computed + new) for computed, new in seqs])
+    owners = torch.repeat_interleave(torch.arange(len(seqs)), query_lens)
+    slots = table[owners, positions // block_size].long() * block_size + positions % block_size
+    starts = torch.zeros(len(seqs) + 1, dtype=torch.int32)
+    starts[1:] = query_lens.cumsum(0)
+    return AttentionMetadata(
+        positions=positions.to(device),
+        slot_mapping=slots.to(device),
+        block_table=table.to(device),
+        seq_lens=seq_lens.to(device),
+        query_lens=query_lens.to(device),
+        query_start_loc=starts.to(device),
+        num_decodes=int((query_lens == 1).sum()),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        query_lens_host=query_lens.tolist(),
+    )
+
+
+def attention_inputs(
+    shape: Shape, metadata: AttentionMetadata, block_size: int, dtype: torch.dtype, cold: float
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """q, and enough pairs of caches that together exceed `cold` bytes."""
+    device = metadata.positions.device
+    num_blocks = int(metadata.block_table.max()) + 1
+    size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+    cache_bytes = 2 * torch.Size(size).numel() * dtype.itemsize
+    caches = [
+        (
+            torch.randn(size, device=device, dtype=dtype),
+            torch.randn(size, device=device, dtype=dtype),
+        )
+        for _ in range(min(8, max(1, round(cold / cache_bytes))))
+    ]
+    q = torch.randn(
+        len(metadata.positions), shape.num_q_heads, shape.head_dim, device=device, dtype=dtype
+    )
+    return q, caches
+
+
+def attention_row(
+    shape: Shape,
+    seqs: list[tuple[int, int]],
+    case: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int = 64,
+    run: Callable[..., Any] | None = None,
+) -> Row:
+    metadata = metadata_of(seqs, block_size, device)
+    cold = COLD_BYTES if device.type == "cuda" else 0.0
+    q, caches = attention_inputs(shape, metadata, block_size, dtype, cold)
+    scale = shape.head_dim**-0.5
+    op = run or dispatch.paged_attention
+
+    def ours(call: int) -> None:
+        if call == 0:
+            dispatch.begin_step(metadata)
+        k_cache, v_cache = caches[call % len(caches)]
+        op(q, k_cache, v_cache, metadata, softmax_scale=scale)
+
+    (computed, new), num_seqs = seqs[0], len(seqs)
+    seq_len = computed + new
+    dense = (num_seqs, seq_len, shape.num_kv_heads, shape.head_dim)
+    num_dense = torch.Size(dense).numel()
+
+    def sdpa(call: int) -> None:
+        # The same bytes as dense tensors: what torch does when no blocks are in its way.
+        k, v = (
+            cache.view(-1)[:num_dense].view(dense).transpose(1, 2)
+            for cache in caches[call % len(caches)]
+        )
+        queries = q.view(num_seqs, new, shape.num_q_heads, shape.head_dim).transpose(1, 2)
+        if new == 1:
+            # The heads of a group as rows of one matrix: several times faster than enable_gqa.
+            queries = queries.view(num_seqs, shape.num_kv_heads, -1, shape.head_dim)
+        F.scaled_dot_product_attention(
+            queries, k, v, scale=scale, is_causal=new > 1, enable_gqa=new > 1
+        )
+
+    return Row(
+        op="paged_attention",
+        case=f"{shape.name} {case}",
+        run=ours,
+        copies=len(caches),
+        num_bytes=sum(a + b for a, b in seqs) * 2 * num_dense / num_seqs / seq_len * dtype.itemsize
+        if new == 1
+        else 0.0,
+        flops=sum(4 * n * (c + n / 2) for c, n in seqs) * shape.num_q_heads * shape.head_dim
+        if new > 1
+        else 0.0,
+        baseline=sdpa if computed == 0 or new == 1 else None,
+    )
+
+
+def layer_rows(
+    shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """Everything of a layer but attention and cuBLAS."""
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    case = f"{shape.name} T={num_tokens}"
+    x, residual, weight = random(num_tokens, hidden), random(num_tokens, hidden), random(hidden)
+    gate_up = random(num_tokens, 2 * inner)
+    linear_weight = random(inner, hidden)
+    metadata = metadata_of([(300, 1)] * num_tokens, 64, device)
+    width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    qkv = random(num_tokens, width)
+    cos_sin = torch.randn(512, 2, shape.head_dim // 2, device=device)
+    _, [(k_cache, v_cache)] = attention_inputs(shape, metadata, 64, dtype, 0.0)
+    row_bytes = num_tokens * hidden * dtype.itemsize
+    rope = (qkv, metadata, cos_sin, k_cache, v_cache)
+    return [
+        Row(
+            "rms_norm",
+            case,
+            lambda _: dispatch.rms_norm(x, weight, 1e-5),
+            num_bytes=2 * row_bytes,
+            baseline=lambda _: F.rms_norm(x, (hidden,), weight, 1e-5),
+        ),
+        Row(
+            "add_rms_norm",
+            case,
+            lambda _: dispatch.add_rms_norm(x, residual, weight, 1e-5),
+            num_bytes=4 * row_bytes,
+            baseline=lambda _: F.rms_norm(residual.add_(x), (hidden,), weight, 1e-5),
+        ),
+        Row(
+            "act_mul",
+            case,
+            lambda _: dispatch.act_mul(gate_up, "silu"),
+            num_bytes=3 * num_tokens * inner * dtype.itemsize,
+            baseline=lambda _: F.silu(gate_up[:, :inner]) * gate_up[:, inner:],
+        ),
+        Row(
+            "rope_write_kv",
+            case,
+            lambda _: dispatch.rope_write_kv(*rope, **shape.heads),
+            num_bytes=2 * num_tokens * width * dtype.itemsize,
+        ),
+        Row(
+            "batch_invariant_linear",
+            f"{case} {hidden}->{inner}",
+            lambda _: dispatch.batch_invariant_linear(x, linear_weight),
+            flops=2 * num_tokens * hidden * inner,
+            baseline=lambda _: F.linear(x, linear_weight),
+        ),
+    ]
+
+
+def gpu_rows(device: torch.device) -> list[Row]:
+    dtype = torch.bfloat16
+    rows = [
+        attention_row(
+            shape, [(ctx - 1, 1)] * num_seqs, f"decode B={num_seqs} ctx={ctx}", device, dtype
+        )
+        for shape in SHAPES
+        for num_seqs, ctx in DECODES
+    ]
+    rows += [
+        attention_row(shape, [(0, 16384)], f"prefill 16k D={shape.head_dim}", device, dtype)
+        for shape in (SHAPES[0], SHAPES[2])
+    ]
+    rows.append(
+        attention_row(SHAPES[2], [(4096, 64)] * 64, "suffixes 64 x 64 after 4096", device, dtype)
+    )
+    for shape, num_tokens in itertools.product(SHAPES, (1, 256, 8192)):
+        rows += layer_rows(shape, num_tokens, device, dtype)
+    return rows
+
+
+def cpu_rows(device: torch.device) -> list[Row]:
+    shape = SHAPES[0]
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        rows += [
+            attention_row(
+                shape,
+                [(ctx - 1, 1)] * num_seqs,
+                f"{name} decode B={num_seqs} ctx={ctx}",
+                device,
+                dtype,
+            )
+            for num_seqs, ctx in CPU_DECODES
+        ]
+        rows.append(attention_row(shape, [(0, 512)], f"{name} prefill 512", device, dtype))
+        for num_tokens in (1, 64):
+            rows += layer_rows(shape, num_tokens, device, dtype)
+    return rows
+
+
+def time_us(function: Callable[[int], Any], device: torch.device, calls: int = CALLS) -> float:
+    """Mean of `calls` calls, best of a few rounds; call 0 begins a step."""
+    if device.type != "cuda":
+        return time_cpu_us(function)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        function(0)
+        function(1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in range(calls):
+            function(call)
+    graph.replay()
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return min(times)
+
+
+def time_cpu_us(function: Callable[[int], Any]) -> float:
+    function(0)
+    best = float("inf")
+    until = time.perf_counter() + 0.3
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        for call in range(1, 4):
+            function(call)
+        best = min(best, (time.perf_counter() - start) / 3 * 1e6)
+    return best
+
+
+def report(rows: list[Row], device: torch.device) -> None:
+    lines, records = [], []
+    for row in rows:
+        try:
+            us = time_us(row.run, device)
+            baseline_us = time_us(row.baseline, device) if row.baseline else None
+        except torch.cuda.OutOfMemoryError:
+            lines.append([row.op, row.case, "out of memory", "", "", "", ""])
+            continue
+        gb_per_s = row.num_bytes / us / 1e3
+        tflop_per_s = row.flops / us / 1e6
+        rate = f"{gb_per_s:.0f} GB/s" if row.num_bytes else f"{tflop_per_s:.1f} TFLOP/s"
+        share = gb_per_s / PEAK_GB_PER_S if row.num_bytes else tflop_per_s / PEAK_TFLOP_PER_S
+        records.append(
+            {
+                "op": row.op,
+                "case": row.case,
+                "us": us,
+                "torch_us": baseline_us,
+                "gb_per_s": gb_per_s,
+                "tflop_per_s": tflop_per_s,
+            }
+        )
+        lines.append(
+            [
+                row.op,
+                row.case,
+                f"{us:.1f}",
+                rate,
+                f"{share:.0%}" if device.type == "cuda" else "",
+                f"{baseline_us:.1f}" if baseline_us else "",
+                f"{baseline_us / us:.2f}x" if baseline_us else "",
+            ]
+        )
+    print_table(["op", "case", "us", "rate", "of peak", "torch us", "speed-up"], lines)
+    write_rows("kernels", records)
+
+
+def sweep(device: torch.device) -> None:
+    """Tiles of the attention kernels, fastest first."""
+    from engine.kernels.decode_attention import DecodeTiles, decode_attention
+    from engine.kernels.prefill_attention import PrefillTiles, prefill_attention
+
+    options: dict[str, Any] = {"sliding_window": None, "logit_softcap": 0.0}
+
+    def runner(kernel: Any, tiles: Any) -> Callable[..., Any]:
+        def run(q: torch.Tensor, k: Any, v: Any, metadata: Any, *, softmax_scale: float) -> None:
+            out = torch.empty_like(q).flatten(1)
+            kernel(q, k, v, metadata, out, softmax_scale=softmax_scale, tiles=tiles, **options)
+
+        return run
+
+    cases: list[tuple[str, Any, Shape, list[tuple[int, int]], list[Any]]] = []
+    decode_grid = [
+        DecodeTiles(block_n, stages, 4, programs)
+        for block_n, stages, programs in itertools.product((32, 64, 128), (2, 3, 4), (2, 3, 4, 6))
+    ]
+    prefill_grid = [
+        PrefillTiles(*tiles)
+        for tiles in (
+            (128, 64, 2, 8),
+            (128, 64, 3, 8),
+            (128, 64, 4, 8),
+            (128, 128, 2, 8),
+            (128, 128, 3, 8),
+            (64, 64, 2, 4),
+            (64, 64, 3, 4),
+            (64, 128, 2, 4),
+        )
+    ]
+    for shape in (SHAPES[0], SHAPES[2]):
+        for num_seqs, ctx in DECODES:
+            seqs = [(ctx - 1, 1)] * num_seqs
+            cases.append(
+                (f"decode B={num_seqs} ctx={ctx}", decode_attention, shape, seqs, decode_grid)
+            )
+        cases.append(("prefill 16k", prefill_attention, shape, [(0, 16384)], prefill_grid))
+    for case, kernel, shape, seqs, grid in cases:
+        found = []
+        for tiles in grid:
+            row = attention_row(
+                shape, seqs, case, device, torch.bfloat16, run=runner(kernel, tiles)
+            )
+            try:
+                found.append((time_us(row.run, device, 10), tiles))
+            except Exception as error:
+                # A tile that needs more shared memory than there is belongs in no list.
+                print(f"  {tiles}: {type(error).__name__}")
+        found.sort(key=lambda pair: pair[0])
+        print(f"{shape.name} {case}")
+        for us, tiles in found[:4]:
+            print(f"  {us:9.1f} us  {tiles}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="try other attention tiles (GPU)")
+    parser.add_argument("--only", default="", help="ops or cases whose name contains this")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.sweep:
+        sweep(device)
+        return
+    rows = gpu_rows(device) if device.type == "cuda" else cpu_rows(device)
+    report([row for row in rows if options.only in f"{row.op} {row.case}"], device)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,77 @@
+"""Every public op has a plain twin, a CPU path, a Triton kernel, tests of each, and a bench row."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.kernels import cpu, dispatch, reference
+
+ROOT = Path(__file__).parents[2]
+KERNEL_MODULE = {
+    "add_rms_norm": "rms_norm",
+    "paged_attention": "attention",
+}
+
+
+def parameters(function: object) -> list[tuple[str, object, object]]:
+    return [
+        (parameter.name, parameter.kind, parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize("op", dispatch.PUBLIC_OPS)
+def test_op_has_twins_with_its_signature(op: str) -> None:
+    want = parameters(getattr(dispatch, op))
+    assert parameters(getattr(reference, op)) == want
+    assert parameters(getattr(cpu, op)) == want
+    if importlib.util.find_spec("triton") is not None:
+        module = importlib.import_module(f"engine.kernels.{KERNEL_MODULE.get(op, op)}")
+        assert parameters(getattr(module, op)) == want
+
+
+def test_public_ops_are_all_there_are() -> None:
+    defined = {
+        name
+        for name, value in vars(dispatch).items()
+        if inspect.isfunction(value) and value.__module__ == dispatch.__name__
+    }
+    assert defined == {*dispatch.PUBLIC_OPS, "begin_step"}
+
+
+@pytest.mark.parametrize("op", dispatch.PUBLIC_OPS)
+@pytest.mark.parametrize(
+    "file", ["test_kernel_reference.py", "test_cpu_kernels.py", "test_triton_kernels.py"]
+)
+def test_op_is_tested(op: str, file: str) -> None:
+    source = (Path(__file__).parent / file).read_text()
+    assert re.search(rf"\b{op}\b", source), f"{file} never names {op}"
+
+
+def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(
+        "bench_kernels", ROOT / "benchmarks" / "bench_kernels.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_kernels", bench)
+    spec.loader.exec_module(bench)
+    device = torch.device("cpu")
+    shape = bench.SHAPES[0]
+    rows = bench.layer_rows(shape, 2, device, torch.float32)
+    rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
+    rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))
+    assert {row.op for row in rows} == set(dispatch.PUBLIC_OPS)
+    for row in rows:
+        row.run(0)
+        if row.baseline:
+            row.baseline(0)
