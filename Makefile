@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Quiet OpenMP threads do not spin: tests share the cores with whatever else runs here.
 TEST_ENV := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo fmt lint type test test-slow test-gpu bench bench-gpu docs check clean
+.PHONY: help setup demo fmt lint type test test-slow test-gpu soak bench bench-gpu docs check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test: setup ## All tests but the slow ones
 
 test-slow: setup ## The slow tests: parity over many prompts, soak
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+soak: setup ## Ten minutes of random load on the demo model
+	SOAK_SECONDS=600 $(TEST_ENV) $(BIN)/python -m pytest -s -m slow tests/e2e/test_soak.py
 
 test-gpu: setup ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
