@@ -13,7 +13,13 @@ import tokenizers
 from text_samples import hostile_texts
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine.text.split_patterns import GPT4O_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
+from engine.text.split_patterns import (
+    GPT4O_SPLIT,
+    LLAMA3_SPLIT,
+    QWEN2_SPLIT,
+    QWEN35_SPLIT,
+    TEKKEN_SPLIT,
+)
 
 _PROSE = """
 The quick brown fox jumps over the lazy dog, didn't it? It's what they'll say; we've heard 12,345
@@ -67,9 +73,9 @@ def demo_oracle() -> tokenizers.Tokenizer:
     return backend
 
 
-def _split(pattern: str) -> list[Any]:
+def _split(pattern: str, behavior: str = "isolated", invert: bool = False) -> list[Any]:
     return [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.Split(Regex(pattern), behavior, invert),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 
@@ -87,8 +93,11 @@ BYTE_LEVEL_KINDS: dict[str, tuple[list[Any], Any, bool]] = {
     ),
     "llama3": (_split(LLAMA3_SPLIT), None, True),
     "qwen2": (_split(QWEN2_SPLIT), normalizers.NFC(), False),
+    "qwen35": (_split(QWEN35_SPLIT), normalizers.NFC(), False),
     "tekken": (_split(TEKKEN_SPLIT), None, False),
     "gpt-4o": (_split(GPT4O_SPLIT), None, False),
+    # The same split written the other way round: what lies between matches is removed.
+    "gpt-4o matches": (_split(GPT4O_SPLIT, "removed", invert=True), None, False),
 }
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]")

@@ -72,6 +72,7 @@ def assert_equals(tokenizer: Tokenizer, oracle: tokenizers.Tokenizer) -> None:
         ("refact", "smollm"),
         ("llama-bpe", "llama3"),
         ("qwen2", "qwen2"),
+        ("qwen35", "qwen35"),
         ("tekken", "tekken"),
         ("gpt-4o", "gpt-4o"),
     ],
