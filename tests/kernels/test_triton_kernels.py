@@ -259,8 +259,13 @@ def test_out_with_a_row_stride(device: torch.device) -> None:
     assert (wide[:, 256:] == 7.0).all()
 
 
-@pytest.mark.parametrize("num_seqs", [1, 5, *on_gpu_only(1024, 1025, 4096)])
-def test_every_split_is_planned_once(device: torch.device, num_seqs: int) -> None:
+@pytest.mark.parametrize(
+    ("num_seqs", "seqs_per_round"),
+    [(1, 4), (4, 4), (9, 4), *on_gpu_only((1025, 1024), (4096, 1024))],
+)
+def test_every_split_is_planned_once(
+    device: torch.device, num_seqs: int, seqs_per_round: int
+) -> None:
     decode = kernels("decode_attention")
     seq_lens = torch.randint(0, 20000, (num_seqs,), dtype=torch.int32)
     seq_lens[0] = 0
@@ -273,7 +278,7 @@ def test_every_split_is_planned_once(device: torch.device, num_seqs: int) -> Non
         SPLIT=decode.SPLIT,
         MAX_SPLITS=decode.MAX_SPLITS,
         KEY_ALIGNMENT=64,
-        BLOCK=1024,
+        BLOCK=seqs_per_round,
     )
     count, *items = plan.tolist()
     want = []
