@@ -16,7 +16,7 @@ from kernel_cases import (
     only_sequence,
 )
 
-from engine.kernels import cpu, dispatch, reference
+from engine.kernels import cpu_attention, dispatch, reference
 
 DTYPES = list(TOLERANCE)
 
@@ -234,9 +234,9 @@ def test_rope_write_kv(dtype: torch.dtype, has_norm: bool, rot_dim: int) -> None
 def test_a_step_plans_once_and_the_next_step_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([(7, 1), (3, 1)])
     plans = []
-    make_plan = cpu._plan_attention
+    make_plan = cpu_attention.plan_attention
     monkeypatch.setattr(
-        cpu, "_plan_attention", lambda *arguments: plans.append(1) or make_plan(*arguments)
+        cpu_attention, "plan_attention", lambda *arguments: plans.append(1) or make_plan(*arguments)
     )
     attend(case)
     attend(case)

@@ -1,0 +1,224 @@
+"""What the layers of one step share on the CPU: which keys to gather, in which groups and tiles.
+
+Group lengths and tile borders depend on a sequence's own length and positions alone, which is what
+makes `cpu_attention` blind to batch neighbours and chunk borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.kernels.metadata import AttentionMetadata
+
+TILE = 64
+# Gathered keys of one group of sequences. Of 0.5 to 4 MiB, 4 was the fastest for 64 sequences of
+# 256 tokens (fewer calls); far more would fall out of the L3 cache between gather and product.
+MAX_GROUP_BYTES = 4 * 2**20
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Decoding sequences whose padded lengths are equal. S sequences, P keys each.
+
+    Attributes:
+        rows: [S] int64, their rows in the batch.
+        slots: [S * P] int64, where the keys lie in the cache.
+        mask: [S, 1, 1, P], 0 or -inf.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(slots=True)
+class Tile:
+    """Queries of one sequence within one aligned tile of positions.
+
+    Attributes:
+        first_row: Row of q of the first query.
+        num_rows: Queries of this step in the tile.
+        offset: Place of the first one in the tile.
+        keys: Keys of the tile, as a slice of those gathered for the sequence.
+        mask: [TILE, number of keys], 0 or -inf.
+    """
+
+    first_row: int
+    num_rows: int
+    offset: int
+    keys: slice
+    mask: torch.Tensor
+
+
+@dataclass(slots=True)
+class PrefillSequence:
+    """One prefilling sequence: `slots` [P] int64 of the keys it needs, and its tiles."""
+
+    slots: torch.Tensor
+    tiles: list[Tile]
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """What the layers of one step share.
+
+    Attributes:
+        decode_groups: Decoding sequences by padded length.
+        gathered: [3, Hkv * D * most keys of a group]: room for tokens as they lie in the cache,
+            then for keys and for values heads-first.
+        prefills: Prefilling sequences.
+        is_uniform: One group holds all rows of q in order: no shuffling of q and out.
+        has_padding: Some rows of q belong to no sequence, or to one of length 0.
+    """
+
+    decode_groups: list[DecodeGroup]
+    gathered: torch.Tensor
+    prefills: list[PrefillSequence]
+    is_uniform: bool
+    has_padding: bool
+
+
+def plan_attention(
+    metadata: AttentionMetadata,
+    q: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    sliding_window: int | None,
+) -> AttentionPlan:
+    """Group the step's sequences and look up where their keys lie."""
+    table = metadata.block_table.numpy()
+    seq_lens = metadata.seq_lens.numpy().astype(np.int64)
+    query_lens = metadata.query_lens.numpy().astype(np.int64)
+    num_decodes = metadata.num_decodes
+    num_tokens, _, head_dim = q.shape
+    head_bytes = num_kv_heads * head_dim * q.element_size()
+
+    def slots_of(rows: Int64Array, low: Int64Array, first: Int64Array, num: int) -> torch.Tensor:
+        """Slots of keys `first + [0, num)` of sequences `rows`, [S * num].
+
+        Places before `low` or past the end stand for the nearest key that may be read: masked
+        scores must be finite.
+        """
+        tokens = first[:, None] + np.arange(num)
+        tokens = np.clip(tokens, low[:, None], seq_lens[rows, None] - 1)
+        block_ids = table[rows[:, None], tokens // block_size].astype(np.int64)
+        return torch.from_numpy((block_ids * block_size + tokens % block_size).reshape(-1))
+
+    decode_groups = []
+    low = np.maximum(seq_lens - sliding_window, 0) if sliding_window else np.zeros_like(seq_lens)
+    for rows, padded_len in _groups_of_equal_padding((seq_lens - low)[:num_decodes], head_bytes):
+        num_keys = (seq_lens - low)[rows]
+        is_visible = np.arange(padded_len) < num_keys[:, None]
+        decode_groups.append(
+            DecodeGroup(
+                rows=torch.from_numpy(rows),
+                slots=slots_of(rows, low[rows], low[rows], padded_len),
+                mask=_mask(torch.from_numpy(is_visible), q.dtype)[:, None, None],
+            )
+        )
+
+    prefills = []
+    tile_mask = _tile_mask(int(seq_lens[num_decodes:].max(initial=0)), sliding_window, q.dtype)
+    first_row = num_decodes
+    for row in range(num_decodes, len(seq_lens)):
+        seq_len, query_len = int(seq_lens[row]), int(query_lens[row])
+        if seq_len:
+            tiles = list(_tiles(first_row, seq_len, query_len, sliding_window))
+            first_key = tiles[0][1].start
+            lowest = max(0, seq_len - query_len - sliding_window + 1) if sliding_window else 0
+            prefills.append(
+                PrefillSequence(
+                    slots=slots_of(
+                        np.array([row]),
+                        np.array([lowest]),
+                        np.array([first_key]),
+                        tiles[-1][1].stop - first_key,
+                    ),
+                    tiles=[
+                        Tile(
+                            *place,
+                            keys=slice(keys.start - first_key, keys.stop - first_key),
+                            mask=tile_mask[:, tile_mask.shape[1] - (keys.stop - keys.start) :],
+                        )
+                        for place, keys in tiles
+                    ],
+                )
+            )
+        first_row += query_len
+    most_keys = max((len(group.slots) for group in decode_groups), default=0)
+    return AttentionPlan(
+        decode_groups=decode_groups,
+        gathered=q.new_empty(3, most_keys * num_kv_heads * head_dim),
+        prefills=prefills,
+        is_uniform=len(decode_groups) == 1 and len(decode_groups[0].rows) == num_tokens,
+        has_padding=first_row < num_tokens or not bool((seq_lens > 0).all()),
+    )
+
+
+def _groups_of_equal_padding(
+    num_keys: Int64Array, bytes_per_key: int
+) -> Iterator[tuple[Int64Array, int]]:
+    """(rows, padded length) of the sequences that share a padded length, in parts of bounded size.
+
+    Sequences without keys (padding) are left out.
+    """
+    padded_lens = _padded_len(num_keys)
+    for padded_len in np.unique(padded_lens[num_keys > 0]).tolist():
+        rows = np.flatnonzero((padded_lens == padded_len) & (num_keys > 0))
+        most = max(1, MAX_GROUP_BYTES // (padded_len * bytes_per_key))
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most], padded_len
+
+
+def _padded_len(num_keys: Int64Array) -> Int64Array:
+    """Round up to 64 keys, and to an eighth of the next lower power of two above 512.
+
+    Few different lengths make few groups; at most an eighth of the work is padding beyond 512.
+    """
+    exponent = np.ceil(np.log2(np.maximum(num_keys, 1))).astype(np.int64)
+    step = np.maximum(TILE, 2 ** np.maximum(exponent - 4, 0))
+    padded_lens: Int64Array = -(-num_keys // step) * step
+    return padded_lens
+
+
+def _tiles(
+    first_row: int, seq_len: int, query_len: int, sliding_window: int | None
+) -> Iterator[tuple[tuple[int, int, int], slice]]:
+    """((first row of q, rows, offset in the tile), keys) of each tile of one sequence's queries."""
+    position = seq_len - query_len
+    while position < seq_len:
+        start = position - position % TILE
+        end = min(start + TILE, seq_len)
+        low = max(0, start - sliding_window + 1) if sliding_window else 0
+        yield (
+            (first_row, end - position, position - start),
+            slice(low - low % TILE, start + TILE),
+        )
+        first_row += end - position
+        position = end
+
+
+def _tile_mask(max_seq_len: int, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[TILE, longest keys of a tile]: a tile with n keys uses the last n columns.
+
+    Counted from the tile's end, what a row sees is the same in every tile.
+    """
+    num_keys = -(-max_seq_len // TILE) * TILE
+    i = torch.arange(num_keys - TILE, num_keys)[:, None]
+    j = torch.arange(num_keys)[None, :]
+    visible = j <= i
+    if sliding_window:
+        visible &= j > i - sliding_window
+    return _mask(visible, dtype)
+
+
+def _mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where visible, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
