@@ -226,8 +226,8 @@ def load_chat_template(config: EngineConfig, tokenizer: Tokenizer | None) -> Cha
     """The chat template from the config or the tokenizer's files, if there is one."""
     if tokenizer is None:
         return None
-    source = config.chat_template or tokenizer.chat_template
-    return None if source is None else ChatTemplate(source, tokenizer)
+    source = config.chat_template or tokenizer.chat_templates
+    return ChatTemplate(source, tokenizer) if source else None
 
 
 def kv_bytes_per_token(model: Decoder) -> int:

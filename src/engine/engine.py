@@ -90,7 +90,7 @@ class Engine:
             parts.scheduler,
             parts.tokenizer,
             self._vocab_size,
-            parts.files.eos_token_ids,
+            _eos_token_ids(parts),
             config.seed,
         )
         outputs = OutputProcessor(
@@ -211,7 +211,7 @@ class Engine:
         messages: Messages,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template: str | None = None,
         **template_kwargs: Any,
@@ -221,7 +221,8 @@ class Engine:
         Args:
             messages: Dicts with "role" and "content".
             tools: JSON descriptions of tools, for templates that know them.
-            add_generation_prompt: End with the opening of the assistant's turn.
+            add_generation_prompt: End with the opening of the assistant's turn. Default: yes,
+                unless `continue_final_message` is set.
             continue_final_message: Leave the last message open, to be continued.
             chat_template: Jinja source to use instead of the model's.
             **template_kwargs: Further variables of the template.
@@ -472,6 +473,14 @@ class Engine:
             if self._finalizer.detach() is not None and stopped and self._parts is not None:
                 free_parts(self._parts)
             self._parts = None
+
+
+def _eos_token_ids(parts: EngineParts) -> tuple[int, ...]:
+    """Ids that end an answer: those the model's files name and those the tokenizer's do."""
+    named = set(parts.files.eos_token_ids)
+    if parts.tokenizer is not None:
+        named |= parts.tokenizer.eos_token_ids
+    return tuple(sorted(named))
 
 
 def _mark_shared(engine: Engine, release: Callable[[], bool]) -> None:

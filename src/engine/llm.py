@@ -107,7 +107,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -119,7 +119,8 @@ class LLM:
             sampling_params: For all conversations, or one for each.
             use_tqdm: Show a progress bar.
             chat_template: Jinja source to use instead of the model's.
-            add_generation_prompt: End with the opening of the assistant's turn.
+            add_generation_prompt: End with the opening of the assistant's turn. Default: yes,
+                unless `continue_final_message` is set.
             continue_final_message: Leave the last message open, to be continued.
             tools: JSON descriptions of tools for the template.
             chat_template_kwargs: Further variables of the template.

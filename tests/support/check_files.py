@@ -1,6 +1,6 @@
 """Refuse files that do not belong in the repository: weights, large files, private keys.
 
-    python tests/support/check_files.py FILE...
+python tests/support/check_files.py FILE...
 """
 
 from __future__ import annotations
