@@ -122,7 +122,7 @@ def test_out_is_written_in_place() -> None:
 def test_neighbours_never_change_a_sequence(
     dtype: torch.dtype, options: dict[str, float], num_threads: int
 ) -> None:
-    seqs = [(n, 1) for n in (0, 5, 62, 63, 64, 65, 100, 101, 600, 777, 60, 61)]
+    seqs = [(n, 1) for n in (0, 5, 62, 63, 64, 65, 90, 100, 101, 600, 777, 60, 61)]
     seqs += [(0, 3), (0, 64), (60, 10), (128, 100)]
     case = make_case(seqs, dtype=dtype, num_q_heads=9, num_kv_heads=3, block_size=64)
     together = attend(case, **options)

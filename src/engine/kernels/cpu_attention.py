@@ -52,24 +52,15 @@ def paged_attention(
         lambda: plan_attention(metadata, q, num_kv_heads, block_size, sliding_window),
     )
     if out is None and plan.is_uniform:
-        mixed = _decode(
-            q, k_cache, v_cache, plan.decode_groups[0], plan.gathered, softmax_scale, logit_softcap
-        )
+        mixed = _decode(q, k_cache, v_cache, plan.decode_groups[0], softmax_scale, logit_softcap)
         return mixed.view(num_tokens, num_q_heads * head_dim)
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads * head_dim)
     if plan.has_padding:
         out.zero_()
     for group in plan.decode_groups:
-        mixed = _decode(
-            q.index_select(0, group.rows),
-            k_cache,
-            v_cache,
-            group,
-            plan.gathered,
-            softmax_scale,
-            logit_softcap,
-        )
+        queries = q.index_select(0, group.rows)
+        mixed = _decode(queries, k_cache, v_cache, group, softmax_scale, logit_softcap)
         out.index_copy_(0, group.rows, mixed.view(-1, num_q_heads * head_dim))
     for sequence in plan.prefills:
         k, v = (
@@ -90,32 +81,37 @@ def _decode(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     group: DecodeGroup,
-    gathered: torch.Tensor,
     softmax_scale: float,
     logit_softcap: float,
 ) -> torch.Tensor:
     """Attention of one group: q [S, Hq, D] -> [S * Hkv, Hq / Hkv, D]."""
     num_seqs, num_q_heads, head_dim = q.shape
     num_kv_heads, num_keys = k_cache.shape[2], group.mask.shape[-1]
+    for cache, gathered in ((k_cache, group.k), (v_cache, group.v)):
+        _gather_heads_first(cache, group, gathered)
     heads_per_kv = num_q_heads // num_kv_heads
-    width = num_kv_heads * head_dim
-    tokens, *heads_first = gathered[:, : num_seqs * num_keys * width]
-    for cache, matrices in zip((k_cache, v_cache), heads_first, strict=True):
-        # Whole tokens first, heads apart second: from cold memory a third faster than head by head.
-        torch.index_select(cache.view(-1, width), 0, group.slots, out=tokens.view(-1, width))
-        shape = (num_seqs, num_keys, num_kv_heads, head_dim)
-        transposed = tokens.view(shape).transpose(1, 2)
-        matrices.view(transposed.shape).copy_(transposed)
-    k, v = (matrices.view(-1, num_keys, head_dim) for matrices in heads_first)
     return _masked_attention(
         q.reshape(-1, heads_per_kv, head_dim),
-        k,
-        v,
+        group.k,
+        group.v,
         group.mask,
         (num_seqs, num_kv_heads, heads_per_kv, num_keys),
         softmax_scale,
         logit_softcap,
     )
+
+
+def _gather_heads_first(cache: torch.Tensor, group: DecodeGroup, out: torch.Tensor) -> None:
+    """Copy a group's part of a cache to `out` [S * Hkv, P, D]."""
+    num_kv_heads, head_dim = cache.shape[2:]
+    if group.staged is None:
+        rows = cache.view(-1, head_dim)
+        torch.index_select(rows, 0, group.index, out=out.view(-1, head_dim))
+        return
+    width = num_kv_heads * head_dim
+    tokens = group.staged.transpose(1, 2).view(-1, width)
+    torch.index_select(cache.view(-1, width), 0, group.index, out=tokens)
+    out.view(group.staged.shape).copy_(group.staged)
 
 
 def _prefill_tile(

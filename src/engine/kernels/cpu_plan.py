@@ -20,6 +20,10 @@ TILE = 64
 # 256 tokens (fewer calls); far more would fall out of the L3 cache between gather and product.
 MAX_GROUP_BYTES = 4 * 2**20
 
+# Up to so many keys a group's heads are gathered one by one, straight to their place. Beyond it
+# (from cold memory, and with more calls) whole tokens and a transposition are a quarter faster.
+MAX_KEYS_BY_HEAD = 512
+
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -29,12 +33,19 @@ class DecodeGroup:
 
     Attributes:
         rows: [S] int64, their rows in the batch.
-        slots: [S * P] int64, where the keys lie in the cache.
+        index: Where the keys lie: [S * P] int64, slots of whole tokens, or without `staged`
+            [S * Hkv * P], rows of a cache seen as [slots * Hkv, D].
+        staged: [S, Hkv, P, D] strided: room for whole tokens; None where heads come one by one.
+        k: [S * Hkv, P, D], room for the keys.
+        v: Likewise for the values.
         mask: [S, 1, 1, P], 0 or -inf.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    index: torch.Tensor
+    staged: torch.Tensor | None
+    k: torch.Tensor
+    v: torch.Tensor
     mask: torch.Tensor
 
 
@@ -71,15 +82,12 @@ class AttentionPlan:
 
     Attributes:
         decode_groups: Decoding sequences by padded length.
-        gathered: [3, Hkv * D * most keys of a group]: room for tokens as they lie in the cache,
-            then for keys and for values heads-first.
         prefills: Prefilling sequences.
         is_uniform: One group holds all rows of q in order: no shuffling of q and out.
         has_padding: Some rows of q belong to no sequence, or to one of length 0.
     """
 
     decode_groups: list[DecodeGroup]
-    gathered: torch.Tensor
     prefills: list[PrefillSequence]
     is_uniform: bool
     has_padding: bool
@@ -111,15 +119,30 @@ def plan_attention(
         block_ids = table[rows[:, None], tokens // block_size].astype(np.int64)
         return torch.from_numpy((block_ids * block_size + tokens % block_size).reshape(-1))
 
-    decode_groups = []
     low = np.maximum(seq_lens - sliding_window, 0) if sliding_window else np.zeros_like(seq_lens)
-    for rows, padded_len in _groups_of_equal_padding((seq_lens - low)[:num_decodes], head_bytes):
-        num_keys = (seq_lens - low)[rows]
-        is_visible = np.arange(padded_len) < num_keys[:, None]
+    num_keys = (seq_lens - low)[:num_decodes]
+    groups = list(_groups_of_equal_padding(num_keys, head_bytes))
+    most_keys = max((len(rows) * padded_len for rows, padded_len in groups), default=0)
+    # The groups of all layers share this room, one after the other.
+    room = q.new_empty(3, most_keys * num_kv_heads * head_dim)
+    decode_groups = []
+    for rows, padded_len in groups:
+        is_visible = np.arange(padded_len) < num_keys[rows, None]
+        index = slots_of(rows, low[rows], low[rows], padded_len)
+        staged, k, v = room[:, : len(index) * num_kv_heads * head_dim]
+        is_by_head = len(index) <= MAX_KEYS_BY_HEAD
+        if is_by_head:
+            heads = torch.arange(num_kv_heads)[None, :, None]
+            index = (index.view(len(rows), 1, -1) * num_kv_heads + heads).flatten()
         decode_groups.append(
             DecodeGroup(
                 rows=torch.from_numpy(rows),
-                slots=slots_of(rows, low[rows], low[rows], padded_len),
+                index=index,
+                staged=None
+                if is_by_head
+                else staged.view(len(rows), padded_len, num_kv_heads, head_dim).transpose(1, 2),
+                k=k.view(-1, padded_len, head_dim),
+                v=v.view(-1, padded_len, head_dim),
                 mask=_mask(torch.from_numpy(is_visible), q.dtype)[:, None, None],
             )
         )
@@ -152,10 +175,8 @@ def plan_attention(
                 )
             )
         first_row += query_len
-    most_keys = max((len(group.slots) for group in decode_groups), default=0)
     return AttentionPlan(
         decode_groups=decode_groups,
-        gathered=q.new_empty(3, most_keys * num_kv_heads * head_dim),
         prefills=prefills,
         is_uniform=len(decode_groups) == 1 and len(decode_groups[0].rows) == num_tokens,
         has_padding=first_row < num_tokens or not bool((seq_lens > 0).all()),
