@@ -377,13 +377,17 @@ def test_a_handle_keeps_its_engine_alive(tiny_llama: Path) -> None:
 
 
 def test_an_engine_nobody_holds_ends_its_thread(tiny_llama: Path) -> None:
-    before = threading.active_count()
+    def engine_threads() -> set[int | None]:
+        name = f"engine-{tiny_llama}"
+        return {thread.ident for thread in threading.enumerate() if thread.name == name}
+
+    before = engine_threads()
     engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
-    assert threading.active_count() == before + 1
+    (mine,) = engine_threads() - before
     engine.generate("in", SHORT)
     del engine
     gc.collect()
-    assert eventually(lambda: threading.active_count() == before)
+    assert eventually(lambda: mine not in engine_threads())
 
 
 def test_an_idle_engine_uses_no_cpu(tiny_engine: Engine) -> None:

@@ -278,6 +278,8 @@ class Hub:
 
 def install(monkeypatch: pytest.MonkeyPatch, stand_in: Hub) -> Hub:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    # Whatever the environment of the test run says.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return stand_in
 
 
