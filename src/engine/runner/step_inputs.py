@@ -137,9 +137,7 @@ class DeviceUploader:
         self._buffers: list[torch.Tensor | None] = [None] * num_buffers
         self._next = 0
 
-    def upload(
-        self, arrays: list[npt.NDArray[Any]]
-    ) -> list[torch.Tensor]:
+    def upload(self, arrays: list[npt.NDArray[Any]]) -> list[torch.Tensor]:
         """Device copies of `arrays`, same shapes and dtypes, views of one new tensor.
 
         Asynchronous: valid for work launched afterwards on the current stream.
