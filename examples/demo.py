@@ -8,7 +8,7 @@ import time
 
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from llama_index.core import Document, SummaryIndex
+from llama_index.core import Document, MockEmbedding, SummaryIndex
 from tqdm import tqdm
 
 from engine import Engine
@@ -27,6 +27,13 @@ QUESTIONS = [
     "Where does one learn about {}?",
     "Write a title for a book about {}.",
 ]
+# Long enough to fill a KV block: all requests share its keys and values.
+SYSTEM = (
+    "You are a friendly teacher who answers questions of curious people. Answer in one or two "
+    "short sentences, in plain words that a ten-year-old understands. Be exact: say only what you "
+    "know, never make up names or numbers, and say so when you do not know something. Do not "
+    "repeat the question, do not use lists, and do not say that you are a computer program."
+)
 INPUTS = [{"question": question.format(topic)} for topic in TOPICS for question in QUESTIONS]
 
 
@@ -44,9 +51,7 @@ def show_progress(engine: Engine, done: threading.Event, num_requests: int) -> N
 
 engine = Engine.shared(MODEL)
 chat = ChatLocal(model=MODEL, temperature=0.0, max_tokens=48)
-prompt = ChatPromptTemplate.from_messages(
-    [("system", "You are a friendly teacher. Answer briefly."), ("human", "{question}")]
-)
+prompt = ChatPromptTemplate.from_messages([("system", SYSTEM), ("human", "{question}")])
 chain = prompt | chat | StrOutputParser()
 
 print(f"\n1. LangChain: {len(INPUTS)} different questions in one chain.batch(...)\n")
@@ -67,12 +72,12 @@ for piece in chain.stream({"question": "Tell me a very short story about a bee."
 
 print("\n\n3. LlamaIndex: a query over three documents\n")
 llm = LocalLLM(model=MODEL, temperature=0.0, max_tokens=64)
-configure_settings(llm)
+configure_settings(llm, embed=MockEmbedding(embed_dim=1))  # a summary index needs no embeddings
 index = SummaryIndex.from_documents(
     [
         Document(text="The harbour café opens at seven. Its speciality is cinnamon rolls."),
         Document(text="The museum in the old mill is free on Sundays."),
-        Document(text="The last ferry to the island leaves at half past nine in the evening."),
+        Document(text="The last ferry to the island leaves at 9:30 pm from pier four."),
     ]
 )
 print(index.as_query_engine(llm=llm).query("When does the last ferry to the island leave?"))
