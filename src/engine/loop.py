@@ -11,6 +11,7 @@ Other threads only append commands to the inbox, a deque, and set an event that 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -107,6 +108,8 @@ class EngineLoop:
         self._refusal: BaseException | None = None
         self._stop_mode: str | None = None
         self._thread: threading.Thread | None = None
+        # A forked child gets this object without its thread: nobody would ever answer there.
+        self._pid = os.getpid()
         self.name = name
 
     # ---------------------------------------------------------------- any thread
@@ -121,7 +124,10 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         """True while the thread runs and accepts requests."""
-        return self._refusal is None
+        return self._refusal is None and not self._is_forked()
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._pid
 
     def post_submit(self, pairs: list[tuple[Request, RequestHandle]]) -> None:
         """Hand over requests; all of them are seen by the same step.
@@ -130,6 +136,12 @@ class EngineLoop:
             EngineClosedError: The engine was closed.
             EngineDeadError: The loop ended with an error.
         """
+        if self._is_forked():
+            msg = (
+                f"Engine {self.name!r} runs in the process {self._pid} that this one was forked "
+                "from. Make an engine in this process, or start it with the 'spawn' method."
+            )
+            raise EngineClosedError(msg)
         with self._accept_lock:
             if self._refusal is not None:
                 raise refusal_for_caller(self._refusal)
@@ -162,6 +174,8 @@ class EngineLoop:
         Returns:
             True once the thread has ended.
         """
+        if self._is_forked():
+            return False
         with self._accept_lock:
             if self._refusal is None:
                 self._refusal = EngineClosedError(

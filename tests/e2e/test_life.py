@@ -398,6 +398,37 @@ def test_an_idle_engine_uses_no_cpu(tiny_engine: Engine) -> None:
     assert time.process_time() - before_s < 0.05
 
 
+_FORK = """
+import os, sys
+from engine import Engine, EngineClosedError, SamplingParams
+engine = Engine(sys.argv[1], device="cpu", num_threads=1)
+params = SamplingParams(max_tokens=4, ignore_eos=True)
+engine.generate("in", params)
+pid = os.fork()
+if pid == 0:
+    try:
+        engine.submit("in", params)
+    except EngineClosedError as error:
+        code = 0 if "forked" in str(error) and engine.is_closed else 2
+    engine.close()
+    sys.exit(code)
+_, status = os.waitpid(pid, 0)
+assert len(engine.generate("in", params).outputs[0].token_ids) == 4
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_child_is_told_that_its_engine_is_elsewhere(tiny_llama: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(tiny_llama)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # -------------------------------------------------------------------- sharing
 
 

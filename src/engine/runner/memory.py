@@ -29,7 +29,8 @@ def available_host_bytes() -> int:
     except OSError:
         pass
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        # macOS: half of what is installed, because nothing tells what is free.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, ValueError, OSError):
         # Not known on this platform: assume a small laptop.
         return 4 << 30
