@@ -29,6 +29,8 @@ _CPU_BLOCK_SIZE = 64
 _GPU_STEP_TOKENS = 8192
 _CPU_STEP_TOKENS = 1024
 _GPU_STEPS_IN_FLIGHT = 2
+_COALESCED_SHARE = 16
+"""1 / share of the batch that may stay empty for some steps on a GPU (see `Scheduler`)."""
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ def build_parts(config: EngineConfig) -> EngineParts:
             block_size=resolved.block_size,
             num_blocks=resolved.num_kv_blocks,
             enable_prefix_caching=resolved.enable_prefix_caching,
+            coalesced_rows=config.max_num_seqs // _COALESCED_SHARE if stream is not None else 0,
         )
         runner = ModelRunner(model, resolved, scheduler.table)
         runner.warm_up()

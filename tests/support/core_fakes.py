@@ -200,6 +200,7 @@ class Harness:
         num_blocks: int = 64,
         caching: bool = True,
         steps_in_flight: int = 1,
+        coalesced_rows: int = 0,
     ) -> None:
         self.scheduler = Scheduler(
             max_num_seqs=max_num_seqs,
@@ -208,6 +209,7 @@ class Harness:
             block_size=block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=caching,
+            coalesced_rows=coalesced_rows,
         )
         self.device = FakeDevice(self.scheduler, block_size, num_blocks, caching)
         self.budget = budget

@@ -25,6 +25,7 @@ def _setups(draw: st.DrawFn) -> dict[str, object]:
         "num_blocks": num_tokens // block_size + 1,
         "caching": draw(st.booleans()),
         "steps_in_flight": draw(st.integers(1, 4)),
+        "coalesced_rows": draw(st.sampled_from([0, 0, 2, 4])),
     }
 
 
@@ -128,6 +129,7 @@ def _long_run(seed: int) -> Harness:
         num_blocks=rng.choice([44, 64, 96]) // block_size + 1,
         caching=seed % 3 > 0,
         steps_in_flight=1 + seed % 4,
+        coalesced_rows=seed % 3,
     )
     while len(harness.submitted) < 60:
         for _ in range(rng.randrange(6)):
