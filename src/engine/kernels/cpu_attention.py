@@ -12,19 +12,18 @@ By construction, and seen with 1 to 8 threads:
 Why this shape: one thread of a Zen 4 core, 3 KV heads, group 3, head_dim 64, bf16, per sequence of
 256 tokens in a batch of 32 (torch 2.13): flash SDPA 39 µs; two `bmm` and a softmax 12, and 12 to
 24 more to gather the keys heads-first, cold, into buffers that the layers of a step share (fresh
-ones would be mapped and cleared by the system every time: up to 100 µs). Flash SDPA packs K and V
-for its inner products on every call, which three query rows never pay back; it wins from about 64
-query rows on, so prefill uses it. On two threads its float32 result also depends on which thread
-took the work (scratch of 3 rows is not 64-byte aligned; a tile's is). Because everything is
-gathered, slots past a sequence's end are never read, whatever they hold.
+ones would be mapped and cleared by the system every time: up to 100 µs). A tile of 64 queries takes
+585 µs over 256 keys and 2.3 ms over 1024 in flash SDPA, 359 µs and 1.3 ms in two `bmm` whose scores
+lie in shared memory. (In fresh memory: 2.6 ms.) The query heads of a KV head are rows of one
+matrix, so that its keys are brought into the product's order once. Because everything is gathered,
+slots past a sequence's end are never read, whatever they hold.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from engine.kernels.cpu_plan import TILE, DecodeGroup, Tile, plan_attention
+from engine.kernels.cpu_plan import TILE, DecodeGroup, Tile, heads_per_product, plan_attention
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -41,8 +40,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `reference.paged_attention`. The caches must be contiguous.
 
-    Decode rounds scores and probabilities to q's dtype (as Hugging Face's eager attention does
-    with scores), prefill probabilities only.
+    Scores and probabilities are rounded to q's dtype (as Hugging Face's eager attention does).
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
@@ -70,7 +68,13 @@ def paged_attention(
         for tile in sequence.tiles:
             rows = slice(tile.first_row, tile.first_row + tile.num_rows)
             mixed = _prefill_tile(
-                q[rows], k[:, tile.keys], v[:, tile.keys], tile, softmax_scale, logit_softcap
+                q[rows],
+                k[:, tile.keys],
+                v[:, tile.keys],
+                tile,
+                plan.scores,
+                softmax_scale,
+                logit_softcap,
             )
             out[rows].view(tile.num_rows, num_q_heads, head_dim).copy_(mixed)
     return out
@@ -119,6 +123,7 @@ def _prefill_tile(
     k: torch.Tensor,
     v: torch.Tensor,
     tile: Tile,
+    room: torch.Tensor,
     softmax_scale: float,
     logit_softcap: float,
 ) -> torch.Tensor:
@@ -128,27 +133,23 @@ def _prefill_tile(
         full = q.new_zeros(TILE, *q.shape[1:])
         full[tile.offset : tile.offset + tile.num_rows] = q
         q = full
-    heads_first = q.transpose(0, 1)
-    if logit_softcap:
-        num_kv_heads, num_keys, head_dim = k.shape
-        mixed = _masked_attention(
-            heads_first.reshape(num_kv_heads, -1, head_dim),
-            k,
-            v,
+    num_kv_heads, num_keys, head_dim = k.shape
+    heads_first = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+    step = heads_per_product(q, num_kv_heads, num_keys)
+    parts = [
+        _masked_attention(
+            heads_first[start : start + step],
+            k[start : start + step],
+            v[start : start + step],
             tile.mask,
-            (num_kv_heads, -1, TILE, num_keys),
+            (min(step, num_kv_heads - start), -1, TILE, num_keys),
             softmax_scale,
             logit_softcap,
-        ).view(-1, TILE, head_dim)
-    else:
-        mixed = F.scaled_dot_product_attention(
-            heads_first[None],
-            k[None],
-            v[None],
-            attn_mask=tile.mask,
-            scale=softmax_scale,
-            enable_gqa=True,
-        )[0]
+            room,
+        )
+        for start in range(0, num_kv_heads, step)
+    ]
+    mixed = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, TILE, head_dim)
     return mixed[:, tile.offset : tile.offset + tile.num_rows].transpose(0, 1)
 
 
@@ -160,15 +161,24 @@ def _masked_attention(
     score_shape: tuple[int, ...],
     softmax_scale: float,
     logit_softcap: float,
+    room: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of X matrices: q [X, M, D], k and v [X, P, D] -> [X, M, D].
 
-    `score_shape` is a view of [X, M, P] that `mask` broadcasts to.
+    `score_shape` is a view of [X, M, P] that `mask` broadcasts to. `room` [2, X * M * P or more]
+    takes scores and probabilities.
     """
-    scores = torch.bmm(q, k.transpose(1, 2))
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    scores_room, probs_room = None, None
+    if room is not None:
+        scores_room, probs_room = room[:, : shape[0] * shape[1] * shape[2]].view(2, *shape)
+    scores = torch.bmm(q, k.transpose(1, 2), out=scores_room)
     if logit_softcap:
+        # In float32, as the bound flattens large scores.
         scores = scores.float().mul_(softmax_scale / logit_softcap).tanh_()
-        softmax_scale = logit_softcap
-    scores = torch.add(mask, scores.view(score_shape), alpha=softmax_scale)
-    probs = scores.softmax(-1).to(v.dtype)
-    return torch.bmm(probs.view(q.shape[0], q.shape[1], -1), v)
+        softmax_scale, scores_room, probs_room = logit_softcap, None, None
+    if scores_room is not None:
+        scores_room = scores_room.view(score_shape)
+    scores = torch.add(mask, scores.view(score_shape), alpha=softmax_scale, out=scores_room)
+    probs = torch.softmax(scores.view(shape), -1, out=probs_room).to(v.dtype)
+    return torch.bmm(probs, v)

@@ -20,6 +20,10 @@ TILE = 64
 # 256 tokens (fewer calls); far more would fall out of the L3 cache between gather and product.
 MAX_GROUP_BYTES = 4 * 2**20
 
+# Scores of one product of a tile: beyond it the heads are taken in parts. Bounds the memory of long
+# prompts (a part has one head at least) and is as fast as all heads at once.
+MAX_SCORE_BYTES = 4 * 2**20
+
 # Up to so many keys a group's heads are gathered one by one, straight to their place. Beyond it
 # (from cold memory, and with more calls) whole tokens and a transposition are a quarter faster.
 MAX_KEYS_BY_HEAD = 512
@@ -67,6 +71,11 @@ class Tile:
     keys: slice
     mask: torch.Tensor
 
+    @property
+    def num_keys(self) -> int:
+        """Keys of the tile."""
+        return len(range(self.keys.start, self.keys.stop))
+
 
 @dataclass(slots=True)
 class PrefillSequence:
@@ -83,12 +92,15 @@ class AttentionPlan:
     Attributes:
         decode_groups: Decoding sequences by padded length.
         prefills: Prefilling sequences.
+        scores: [2, most scores of one product of a tile], room for scores and probabilities, which
+            all tiles and layers share: 1024 keys take half the time that fresh memory makes them.
         is_uniform: One group holds all rows of q in order: no shuffling of q and out.
         has_padding: Some rows of q belong to no sequence, or to one of length 0.
     """
 
     decode_groups: list[DecodeGroup]
     prefills: list[PrefillSequence]
+    scores: torch.Tensor
     is_uniform: bool
     has_padding: bool
 
@@ -175,12 +187,28 @@ def plan_attention(
                 )
             )
         first_row += query_len
+    rows_per_head = TILE * (q.shape[1] // num_kv_heads)
+    most_scores = max(
+        (
+            rows_per_head * tile.num_keys * heads_per_product(q, num_kv_heads, tile.num_keys)
+            for sequence in prefills
+            for tile in sequence.tiles
+        ),
+        default=0,
+    )
     return AttentionPlan(
         decode_groups=decode_groups,
         prefills=prefills,
+        scores=q.new_empty(2, most_scores),
         is_uniform=len(decode_groups) == 1 and len(decode_groups[0].rows) == num_tokens,
         has_padding=first_row < num_tokens or not bool((seq_lens > 0).all()),
     )
+
+
+def heads_per_product(q: torch.Tensor, num_kv_heads: int, num_keys: int) -> int:
+    """KV heads that one product of a prefill tile takes; the batch has no say in it."""
+    bytes_per_head = TILE * (q.shape[1] // num_kv_heads) * num_keys * q.element_size()
+    return min(num_kv_heads, max(1, MAX_SCORE_BYTES // bytes_per_head))
 
 
 def _groups_of_equal_padding(
