@@ -105,10 +105,10 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 """Row counts that oneDNN products are run with. oneDNN keeps about 1 MiB and a few milliseconds of
 generated code for every (row count, weight shape) it meets, up to 1024 of them: 1.2 GiB measured
-for prompts of all lengths (torch 2.13). With these few, it stays below 80 MiB.
+for prompts of all lengths (torch 2.13). With these few, it stays below 90 MiB.
 
 Fewer than 4 rows are no faster: all layers of the 135M demo model take 19.8 ms with 2 rows, 16.8
 with 4 and with 6, 20.4 with 8, 26 with 16 and 1.0 per row from there on (bfloat16, one thread of a
