@@ -12,6 +12,7 @@ wall time, prefill included.
 * w16, w64: 16 or 64 requests, 32-256 in, 16-128 out. Static batches are left-padded groups of 16,
   each run to its longest.
 * load: process start to first token; peak_rss_mib: after w16
+* import: `import engine`, `import llm_connectors`, `import transformers`, best of five
 """
 
 from __future__ import annotations
@@ -183,6 +184,15 @@ def measure(name: str, quick: bool, started_s: float) -> dict[str, Any]:
     return found
 
 
+def import_seconds(module: str) -> float:
+    """Time to import a module in a fresh interpreter, best of five."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    return min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+        for _ in range(5)
+    )
+
+
 def run_in_process(name: str, quick: bool, busy: bool) -> dict[str, Any]:
     """Measure one peer in a fresh process, optionally beside one that only burns CPU time."""
     spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
@@ -215,7 +225,11 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options.quick, options.started)))
         return
     rows = [run_in_process(name, options.quick, options.busy) for name in options.peers]
-    path = write_rows("cpu", rows)
+    imports: list[dict[str, Any]] = [
+        {"module": module, "import_s": import_seconds(module), "unit": "s"}
+        for module in ("engine", "llm_connectors", "transformers")
+    ]
+    path = write_rows("cpu", rows + imports)
     columns = ["decode_tok_s", "ttft_1024_s", "w16_tok_s", "w64_tok_s", "load_s", "peak_rss_mib"]
     print_table(
         ["peer", *columns],
@@ -223,6 +237,9 @@ def main() -> None:
             [row["peer"], *(f"{row[name]:.2f}" if name in row else "-" for name in columns)]
             for row in rows
         ],
+    )
+    print_table(
+        ["import", "seconds"], [[row["module"], f"{row['import_s']:.3f}"] for row in imports]
     )
     print(f"rows: {path}")
 

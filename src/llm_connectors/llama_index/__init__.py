@@ -6,7 +6,16 @@ loads no model.
 
 from __future__ import annotations
 
-from llama_index.core.llms.loading import RECOGNIZED_LLMS
+try:
+    from llama_index.core.llms.loading import RECOGNIZED_LLMS
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "llama_index":
+        raise
+    msg = (
+        "llm_connectors.llama_index needs llama-index-core. Install it with: "
+        "pip install llm-connectors[llama-index]"
+    )
+    raise ImportError(msg) from error
 
 from llm_connectors.llama_index.errors import (
     ConfigError,
