@@ -17,8 +17,8 @@ from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.models.decoder import Decoder, weight_bytes
 from engine.models.registry import decoder_config
-from engine.runner.memory import check_weights_fit, num_kv_blocks
-from engine.runner.model_runner import ModelRunner, profile_step
+from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
+from engine.runner.model_runner import ModelRunner
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class PendingStep(Protocol):
-    """A launched step (see `engine.runner.model_runner.PendingStep`)."""
+    """A launched step (see `engine.runner.pending_step.PendingStep`)."""
 
     def wait(self) -> StepOutput:
         """The step's result, once the device has it."""

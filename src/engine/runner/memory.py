@@ -10,6 +10,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.kernels.metadata import AttentionMetadata
+from engine.models.decoder import Decoder
 
 _CPU_DEFAULT_LIMIT_BYTES = 1 << 30
 
@@ -115,3 +117,43 @@ def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callab
     # Graphs, fragmentation and the libraries' workspaces come on top of the measured peak.
     reserve_bytes = activation_bytes + activation_bytes // 8 + (512 << 20)
     return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes
+
+
+def profile_step(model: Decoder, num_tokens: int, num_seqs: int, block_size: int) -> None:
+    """Run the largest step once on throw-away KV blocks, for its memory peak.
+
+    Args:
+        model: With weights on its device.
+        num_tokens: Token budget of a step.
+        num_seqs: Sequences that sample in it.
+        block_size: Tokens per block.
+    """
+    device, dtype = model.device, model.dtype
+    shape = model.kv_cache_shape(2, block_size)
+    kv_caches = [
+        (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+        for _ in range(model.config.num_layers)
+    ]
+    one = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    metadata = AttentionMetadata(
+        positions=torch.arange(num_tokens, device=device) % block_size,
+        slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
+        block_table=torch.ones((1, -(-num_tokens // block_size)), dtype=torch.int32, device=device),
+        seq_lens=one,
+        query_lens=one,
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        num_decodes=0,
+        max_query_len=num_tokens,
+        max_seq_len=num_tokens,
+        seq_lens_host=[num_tokens],
+        query_lens_host=[num_tokens],
+        block_table_host=[[1] * -(-num_tokens // block_size)],
+    )
+    input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    hidden = model.forward(input_ids, kv_caches, metadata)
+    logits = model.compute_logits(hidden[:num_seqs])
+    # What sampling adds: one float32 copy of the logits and its softmax.
+    torch.softmax(logits.float(), dim=-1)

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from engine.config import ResolvedConfig
-from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder
+from engine.runner.pending_step import DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
 from engine.runner.step_graph import DeviceState, StepGraphs, padded_batch_sizes
@@ -35,76 +36,6 @@ from engine.runner.step_inputs import (
 
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are made at once for `prompt_logprobs`; bounds the memory."""
-
-
-class PendingStep:
-    """A launched step whose result may not be there yet.
-
-    Args:
-        token_ids: [R] int64 of the sampling sequences, on the host: pinned memory that the device
-            fills where `done` is given.
-        is_sampling: [B] bool.
-        done: Recorded after the last copy; None on a CPU.
-        logprobs: By row, for sampled tokens.
-        prompt_logprobs: By row, for prompt tokens.
-    """
-
-    __slots__ = ("_done", "_is_sampling", "_logprobs", "_prompt_logprobs", "_token_ids")
-
-    def __init__(
-        self,
-        token_ids: torch.Tensor,
-        is_sampling: np.ndarray,
-        done: torch.cuda.Event | None,
-        logprobs: dict[int, _DeviceLogprobs],
-        prompt_logprobs: dict[int, _DeviceLogprobs],
-    ) -> None:
-        self._token_ids = token_ids
-        self._is_sampling = is_sampling
-        self._done = done
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
-
-    @property
-    def is_done(self) -> bool:
-        """True once `wait` would not block."""
-        return self._done is None or bool(self._done.query())
-
-    def wait(self) -> StepOutput:
-        """The result, when the device has finished the step.
-
-        Raises:
-            RuntimeError: The device reported an error of this step (torch's own exception).
-        """
-        if self._done is not None:
-            self._done.synchronize()
-        token_ids = np.full(len(self._is_sampling), -1, dtype=np.int64)
-        token_ids[self._is_sampling] = self._token_ids.numpy()
-        return StepOutput(
-            token_ids=token_ids,
-            logprobs={row: values.to_host() for row, values in self._logprobs.items()},
-            prompt_logprobs={
-                row: values.to_host() for row, values in self._prompt_logprobs.items()
-            },
-        )
-
-
-class _DeviceLogprobs:
-    """`TokenLogprobArrays` still on the device."""
-
-    __slots__ = ("_ids", "_logprobs", "_ranks")
-
-    def __init__(self, ids: torch.Tensor, logprobs: torch.Tensor, ranks: torch.Tensor) -> None:
-        self._ids = ids
-        self._logprobs = logprobs
-        self._ranks = ranks
-
-    def to_host(self) -> TokenLogprobArrays:
-        return TokenLogprobArrays(
-            token_ids=self._ids.cpu().numpy(),
-            logprobs=self._logprobs.cpu().numpy(),
-            ranks=self._ranks.cpu().numpy(),
-        )
 
 
 class ModelRunner:
@@ -294,8 +225,8 @@ class ModelRunner:
         self,
         token_ids: torch.Tensor,
         batch: ScheduledBatch,
-        logprobs: dict[int, _DeviceLogprobs],
-        prompt_logprobs: dict[int, _DeviceLogprobs],
+        logprobs: dict[int, DeviceLogprobs],
+        prompt_logprobs: dict[int, DeviceLogprobs],
     ) -> PendingStep:
         if not self._is_cuda:
             return PendingStep(token_ids, batch.is_sampling, None, logprobs, prompt_logprobs)
@@ -309,16 +240,16 @@ class ModelRunner:
 
     def _sampled_logprobs(
         self, rows: np.ndarray, logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> dict[int, _DeviceLogprobs]:
+    ) -> dict[int, DeviceLogprobs]:
         """Log probabilities for those of `rows` [R] that asked; `logits` [>= R, V] is raw."""
-        found: dict[int, _DeviceLogprobs] = {}
+        found: dict[int, DeviceLogprobs] = {}
         for index in np.flatnonzero(self._table.wants_logprobs[rows]):
             row = int(rows[index])
             seq = self._table.sequences[row]
             if seq is None or seq.request.params.logprobs is None:
                 continue
             one = slice(int(index), int(index) + 1)
-            found[row] = _DeviceLogprobs(
+            found[row] = DeviceLogprobs(
                 *self.sampler.gather_logprobs(
                     logits[one], token_ids[one], seq.request.params.logprobs
                 )
@@ -327,9 +258,9 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, hidden: torch.Tensor
-    ) -> dict[int, _DeviceLogprobs]:
+    ) -> dict[int, DeviceLogprobs]:
         """Log probabilities of prompt tokens 1… predicted by this step's prompt positions."""
-        found: dict[int, _DeviceLogprobs] = {}
+        found: dict[int, DeviceLogprobs] = {}
         starts = np.concatenate([[0], np.cumsum(batch.num_scheduled_tokens)])
         for index in np.flatnonzero(batch.needs_prompt_logprobs):
             row = int(batch.rows[index])
@@ -354,7 +285,7 @@ class ModelRunner:
                 )
                 for start in range(0, last - first, _PROMPT_LOGITS_ROWS)
             ]
-            found[row] = _DeviceLogprobs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            found[row] = DeviceLogprobs(*(torch.cat(part) for part in zip(*parts, strict=True)))
         return found
 
 
@@ -374,43 +305,3 @@ def allocate_kv_caches(
         )
         for _ in range(model.config.num_layers)
     ]
-
-
-def profile_step(model: Decoder, num_tokens: int, num_seqs: int, block_size: int) -> None:
-    """Run the largest step once on throw-away KV blocks, for its memory peak.
-
-    Args:
-        model: With weights on its device.
-        num_tokens: Token budget of a step.
-        num_seqs: Sequences that sample in it.
-        block_size: Tokens per block.
-    """
-    device, dtype = model.device, model.dtype
-    shape = model.kv_cache_shape(2, block_size)
-    kv_caches = [
-        (
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
-        for _ in range(model.config.num_layers)
-    ]
-    one = torch.tensor([num_tokens], dtype=torch.int32, device=device)
-    metadata = AttentionMetadata(
-        positions=torch.arange(num_tokens, device=device) % block_size,
-        slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
-        block_table=torch.ones((1, -(-num_tokens // block_size)), dtype=torch.int32, device=device),
-        seq_lens=one,
-        query_lens=one,
-        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-        num_decodes=0,
-        max_query_len=num_tokens,
-        max_seq_len=num_tokens,
-        seq_lens_host=[num_tokens],
-        query_lens_host=[num_tokens],
-        block_table_host=[[1] * -(-num_tokens // block_size)],
-    )
-    input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    hidden = model.forward(input_ids, kv_caches, metadata)
-    logits = model.compute_logits(hidden[:num_seqs])
-    # What sampling adds: one float32 copy of the logits and its softmax.
-    torch.softmax(logits.float(), dim=-1)
