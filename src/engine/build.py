@@ -19,6 +19,7 @@ from engine.models.decoder import Decoder, weight_bytes
 from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
 from engine.runner.model_runner import ModelRunner
+from engine.runner.threads import in_short_lived_thread
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
@@ -62,6 +63,12 @@ def build_parts(config: EngineConfig) -> EngineParts:
         CapacityError: Weights or KV cache do not fit.
     """
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        return in_short_lived_thread(lambda: _build_parts(config, device))
+    return _build_parts(config, device)
+
+
+def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
     files = resolve_model(
         config.model,
         revision=config.revision,
