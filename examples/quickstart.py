@@ -4,7 +4,7 @@ from engine import Engine, SamplingParams
 
 with Engine("smollm2-135m") as engine:
     answer = engine.chat(
-        [{"role": "user", "content": "What is the capital of France?"}],
+        [{"role": "user", "content": "Name the capital of France."}],
         SamplingParams(temperature=0.0, max_tokens=32),
     )
     print(answer.outputs[0].text)

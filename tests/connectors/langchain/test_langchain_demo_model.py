@@ -16,7 +16,8 @@ from llm_connectors.langchain import ChatLocal, LocalLLM
 pytestmark = pytest.mark.demo_model
 
 ENGINE_KWARGS = {"device": "cpu", "num_threads": 1, "max_num_seqs": 16, "max_model_len": 1024}
-QUESTIONS = [f"What is the capital of {name}?" for name in ("France", "Japan", "Egypt", "Peru")]
+# Asked so that the likeliest first token leads clearly: "What is …?" is a tie in bfloat16.
+QUESTIONS = [f"Name the capital of {name}." for name in ("France", "Japan", "Egypt", "Peru")]
 
 
 @pytest.fixture(scope="module")
