@@ -95,11 +95,6 @@ class OutputProcessor:
         self._touched: dict[Request, _Open] = {}
         self._wakeups: _Wakeups = []
 
-    @property
-    def num_open(self) -> int:
-        """Requests that have not ended."""
-        return len(self._open)
-
     def take_wakeups(self) -> _Wakeups:
         """Publish the pending deltas; return the futures to complete (see `wake_loops`)."""
         for entry in self._touched.values():

@@ -57,11 +57,6 @@ class AttentionMetadata:
         """Sequences in the batch, padding rows included."""
         return self.seq_lens.shape[0]
 
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens of the leading decoding sequences: one each."""
-        return self.num_decodes
-
     def once_per_step(self, key: object, make: Callable[[], _T]) -> _T:
         """`make()`, or what it returned for this key earlier in the step.
 

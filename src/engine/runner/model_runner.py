@@ -75,11 +75,6 @@ class ModelRunner:
             ]
             self._next_ring = 0
 
-    @property
-    def num_graphs(self) -> int:
-        """CUDA graphs captured so far."""
-        return 0 if self._graphs is None else len(self._graphs)
-
     def execute(self, batch: ScheduledBatch) -> PendingStep:
         """Launch one step; on a CPU, run it.
 

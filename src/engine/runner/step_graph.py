@@ -118,9 +118,6 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int, object], StepGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def get(
         self, padded_size: int, max_seq_len: int, variant: object, forward: Forward, sample: Sample
     ) -> StepGraph:
