@@ -12,12 +12,38 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
+class SharedPrefixes:
+    """Groups of decoding sequences whose leading KV blocks are the same, read once per group.
+
+    All tensors live on the model's device. Letters: G groups (an upper bound, under CUDA graphs a
+    fixed one), B sequences. A sequence is in one group at most; a prefix is whole blocks and
+    shorter than the shortest of its members.
+
+    Attributes:
+        members: [B] int32, indices of decoding sequences, group after group; entries past
+            `member_start[G]` are not read.
+        member_start: [G+1] int32, running sum of the groups' sizes; equal ends mark unused groups.
+        group_lens: [G] int32, tokens of each group's prefix, a multiple of block_size; 0 if unused.
+        prefix_lens: [B] int32, tokens of each sequence's prefix that its group reads; 0 without.
+    """
+
+    members: torch.Tensor
+    member_start: torch.Tensor
+    group_lens: torch.Tensor
+    prefix_lens: torch.Tensor
+
+
+@dataclass(slots=True)
 class AttentionMetadata:
     """Layout of one step's flat token batch. Letters: T tokens, B sequences.
 
     Sequences that decode (query_len 1) come first, so that rows `[0, num_decodes)` of every
     tensor go to the decode kernel and the rest to the prefill kernel. All tensors live on the
     model's device and are contiguous. Rows of padding (CUDA graphs) have `seq_lens` 0 and slot -1.
+
+    A captured step fits many batches: shapes are then upper bounds, and `device_counts` has the
+    numbers of the batch at hand. Sequences from `device_counts[1]` on and tokens past the last
+    sequence are padding; their outputs are arbitrary.
 
     Attributes:
         positions: [T] int64, position of each token in its sequence.
@@ -28,9 +54,15 @@ class AttentionMetadata:
         seq_lens: [B] int32, KV length after this step.
         query_lens: [B] int32, new tokens in this step.
         query_start_loc: [B+1] int32, running sum of `query_lens`.
-        num_decodes: Leading sequences with query_len 1.
+        num_decodes: Leading sequences with query_len 1; with `device_counts` an upper bound.
         max_query_len: Largest entry of `query_lens`, on the host (bounds the grid).
         max_seq_len: Largest entry of `seq_lens`, on the host; under CUDA graphs an upper bound.
+        block_rows: [B] int64, row of `block_table` of each sequence, so that the table of all
+            running sequences serves without a copy; None: sequence b has row b.
+        device_counts: [2] int32, (decoding sequences, all sequences) of this batch; None where
+            `num_decodes` and the shapes are exact.
+        max_prefills: With `device_counts`, an upper bound on the prefilling sequences.
+        shared_prefixes: Decoding sequences that share blocks; None: nobody does, or nobody looked.
         seq_lens_host: `seq_lens` as a list for the plain-torch path; None under CUDA graphs.
         query_lens_host: `query_lens` as a list, likewise.
         block_table_host: Per sequence the list of its block ids (only those in use), likewise.
@@ -47,6 +79,10 @@ class AttentionMetadata:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    block_rows: torch.Tensor | None = None
+    device_counts: torch.Tensor | None = None
+    max_prefills: int = 0
+    shared_prefixes: SharedPrefixes | None = None
     seq_lens_host: list[int] | None = None
     query_lens_host: list[int] | None = None
     block_table_host: list[list[int]] | None = None
