@@ -50,6 +50,8 @@ def compile_for_hopper(
             signature[name] = "*bf16"
         elif name in ("partial_ptr", "stats_ptr"):
             signature[name] = "*fp32"
+        elif name == "block_rows_ptr":
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
         else:
@@ -105,6 +107,8 @@ def test_prefill_multiplies_by_warp_groups() -> None:
     tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
+        "HAS_BLOCK_ROWS": True,
+        "HAS_COUNTS": True,
         "BLOCK_Q": tiles.block_m // GROUP,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,

@@ -249,6 +249,110 @@ def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) 
     assert (got[54:] == 0).all()
 
 
+def captured_prefill(case: AttentionCase, device: torch.device) -> AttentionCase:
+    """The batch as a captured step has it: padded, counts on the device, rows of a wider table.
+
+    Everything that padding may hold is poison: lengths, places and table rows far outside.
+    """
+    full = case.metadata
+    num_decodes, num_seqs, num_tokens = full.num_decodes, full.num_seqs, len(full.positions)
+    num_rows = num_seqs + 4
+    rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3))[:num_seqs]
+    table = torch.full((num_rows, full.block_table.shape[1] + 5), 1 << 30, dtype=torch.int32)
+    table[rows, : full.block_table.shape[1]] = full.block_table
+
+    def padded(values: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat((values, torch.full((count,), 1 << 30, dtype=values.dtype)))
+
+    metadata = dataclasses.replace(
+        full,
+        block_table=table,
+        block_rows=padded(rows, 3),
+        seq_lens=padded(full.seq_lens, 3),
+        query_lens=padded(full.query_lens, 3),
+        query_start_loc=padded(full.query_start_loc, 3),
+        num_decodes=num_seqs + 3,
+        max_query_len=num_tokens + 40,
+        max_seq_len=1 << 20,
+        device_counts=torch.tensor([num_decodes, num_seqs], dtype=torch.int32),
+        max_prefills=num_seqs - num_decodes + 2,
+        seq_lens_host=None,
+        query_lens_host=None,
+        block_table_host=None,
+    )
+    q = torch.full((num_tokens + 40, *case.q.shape[1:]), float("nan"), dtype=case.q.dtype)
+    q[num_decodes:num_tokens] = case.q[num_decodes:]
+    return dataclasses.replace(case, q=q, metadata=metadata).on(device)
+
+
+def prefill_into(case: AttentionCase, out: torch.Tensor) -> torch.Tensor:
+    """`prefill_attention` by itself, into `out`."""
+    kernels("prefill_attention").prefill_attention(
+        *case.arguments(),
+        out,
+        softmax_scale=case.softmax_scale,
+        sliding_window=None,
+        logit_softcap=0.0,
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "seqs",
+    [
+        [(0, 20)],
+        [(7, 1), (300, 1), (0, 70), (33, 30), (130, 2)],
+        [(7, 1), (40, 1)],
+        *on_gpu_only([(9, 1)] * 40 + [(3 * n, 2 + n % 37) for n in range(300)], [(100, 3000)]),
+    ],
+    ids=lambda seqs: f"{len(seqs)} sequences",
+)
+def test_prefill_of_a_captured_step_writes_its_tokens_and_nothing_else(
+    device: torch.device, dtype: torch.dtype, seqs: list[tuple[int, int]]
+) -> None:
+    exact = make_case(seqs, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=64)
+    want = attend(exact, device)
+    case = captured_prefill(exact, device)
+    got = prefill_into(case, torch.full_like(case.q, 7.0).flatten(1)).cpu()
+    first, last = exact.metadata.num_decodes, len(exact.q)
+    assert torch.equal(got[first:last], want[first:])
+    assert (got[:first] == 7.0).all()
+    assert (got[last:] == 7.0).all()
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="captures a CUDA graph")
+def test_a_captured_prefill_follows_the_counts_on_the_device(device: torch.device) -> None:
+    """One graph for batches of one shape bound: other counts, lengths and table rows."""
+    seqs = [(3000, 1), (40, 1), (0, 200), (33, 300), (700, 90)]
+    exact = make_case(seqs, dtype=BF16, num_q_heads=8, num_kv_heads=2, block_size=64)
+    case = captured_prefill(exact, device)
+    metadata = case.metadata
+    out = torch.zeros_like(case.q).flatten(1)
+    prefill_into(case, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prefill_into(case, out)
+    # All sequences; without the last; without prefills; without decodes (the first two gone).
+    for first, last in ((0, 5), (0, 4), (0, 2), (2, 5), (0, 5)):
+        part = exact.metadata
+        start, end = part.query_start_loc[[first, last]].tolist()
+        num_decodes = max(2 - first, 0)
+        metadata.device_counts.copy_(torch.tensor([num_decodes, last - first]))
+        metadata.seq_lens[: last - first] = part.seq_lens[first:last].to(device)
+        starts = part.query_start_loc[first : last + 1] - start
+        metadata.query_start_loc[: len(starts)] = starts.to(device)
+        rows = captured_prefill(exact, device).metadata.block_rows
+        metadata.block_rows[: last - first] = rows[first:last]
+        case.q[: end - start] = exact.q[start:end].to(device)
+        out.fill_(7.0)
+        graph.replay()
+        want = attend(exact, device)[start:end].to(device)
+        assert torch.equal(out[num_decodes : end - start], want[num_decodes:]), (first, last)
+        assert (out[:num_decodes] == 7.0).all()
+        assert (out[end - start :] == 7.0).all()
+
+
 def test_out_with_a_row_stride(device: torch.device) -> None:
     case = make_case([(7, 1), (300, 1), (0, 9)]).on(device)
     wide = torch.full((11, 300), 7.0, device=device)
