@@ -67,6 +67,15 @@ def on_gpu_only(*values: object) -> list[object]:
     return [] if IS_INTERPRETED else list(values)
 
 
+def assert_rows_alike(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal bits on a GPU. Interpreted products are NumPy's, whose BLAS rounds a row by the shape
+    of its matrix and by the processor: there the rows need only be close."""
+    if IS_INTERPRETED:
+        torch.testing.assert_close(got, want, **TOLERANCE[want.dtype])
+    else:
+        assert torch.equal(got, want)
+
+
 def kernels(name: str) -> ModuleType:
     """The module of a kernel; imported late, since triton may be absent where this file skips."""
     import importlib
@@ -211,7 +220,7 @@ def test_chunk_boundaries_never_change_a_prompt(device: torch.device, dtype: tor
             make_metadata([(start, size)], 64, whole.metadata.block_table_host),
             whole.softmax_scale,
         )
-        assert torch.equal(attend(chunk, device), want[start : start + size]), start
+        assert_rows_alike(attend(chunk, device), want[start : start + size])
         start += size
 
 
@@ -511,7 +520,7 @@ def test_rows_of_a_linear_layer_never_change_each_other(
     tolerance["atol"] = max(tolerance["atol"], 6 * (shape[0] / 2) ** 0.5 * 2**-24)
     torch.testing.assert_close(want.double(), wide, **tolerance)
     for count in (1, 2, 33, num_rows - 1):
-        assert torch.equal(linear(x[-count:], weight, bias), want[-count:]), count
+        assert_rows_alike(linear(x[-count:], weight, bias), want[-count:])
     assert linear(x[:6].reshape(2, 3, -1), weight).shape == (2, 3, shape[1])
 
 
