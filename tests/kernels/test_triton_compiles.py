@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import attention_tiles, decode_attention, prefill_attention
+from engine.kernels import attention_tiles, decode_attention, decode_plan, prefill_attention
 
 HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE = 128, 4, 8, 64
 COMMON = {
@@ -88,11 +88,16 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "SPLIT": decode_attention.SPLIT,
-        "MAX_SPLITS": decode_attention.MAX_SPLITS,
+        "MAX_SPLITS": tiles.max_splits,
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "MERGE_HERE": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
+        "BLOCK_G": GROUP,
+        "BLOCK_S": 8,
     }
+    del constants["KEY_ALIGNMENT"]
     ptx, gpu_ir = compile_for_hopper(
         decode_attention._split_kernel, constants, tiles.num_warps, tiles.num_stages
     )

@@ -8,8 +8,7 @@ file so.
 from __future__ import annotations
 
 import dataclasses
-import os
-from types import ModuleType
+import itertools
 
 import pytest
 import torch
@@ -23,24 +22,19 @@ from kernel_cases import (
     metadata_on,
     only_sequence,
 )
+from triton_cases import (
+    DTYPES,
+    IS_INTERPRETED,
+    NEEDS_TRITON,
+    assert_rows_alike,
+    kernels,
+    on_gpu_only,
+)
 
 from engine.errors import ConfigError
 from engine.kernels import dispatch, reference
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter multiplies bfloat16 matrices as if their bits were integers, and takes seconds for
-# a case: two dtypes and small shapes.
-DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
-
-pytestmark = [
-    # sigmoid of large negative numbers: exp gives inf, whose inverse is the right 0.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not IS_INTERPRETED and not torch.cuda.is_available(),
-        reason="needs a CUDA device, or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = NEEDS_TRITON
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +54,6 @@ ATTENTION_GRID = (
         *((dtype, *rest) for dtype in (FP16, FP32) for rest in ((64, 9, 3), (16, 8, 2))),
     ]
 )
-
-
-def on_gpu_only(*values: object) -> list[object]:
-    """Parameters too slow for the interpreter."""
-    return [] if IS_INTERPRETED else list(values)
-
-
-def kernels(name: str) -> ModuleType:
-    """The module of a kernel; imported late, since triton may be absent where this file skips."""
-    import importlib
-
-    return importlib.import_module(f"engine.kernels.{name}")
 
 
 def attend(case: AttentionCase, device: torch.device, **options: object) -> torch.Tensor:
@@ -211,7 +193,7 @@ def test_chunk_boundaries_never_change_a_prompt(device: torch.device, dtype: tor
             make_metadata([(start, size)], 64, whole.metadata.block_table_host),
             whole.softmax_scale,
         )
-        assert torch.equal(attend(chunk, device), want[start : start + size]), start
+        assert_rows_alike(attend(chunk, device), want[start : start + size])
         start += size
 
 
@@ -363,36 +345,43 @@ def test_out_with_a_row_stride(device: torch.device) -> None:
     assert (wide[:, 256:] == 7.0).all()
 
 
-@pytest.mark.parametrize(
-    ("num_seqs", "seqs_per_round"),
-    [(1, 4), (4, 4), (9, 4), *on_gpu_only((1025, 1024), (4096, 1024))],
-)
-def test_every_split_is_planned_once(
-    device: torch.device, num_seqs: int, seqs_per_round: int
+@pytest.mark.parametrize("num_seqs", [1, 4, 40, *on_gpu_only(1025, 4096)])
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_every_key_is_planned_once(
+    device: torch.device, num_seqs: int, window: int | None, is_captured: bool
 ) -> None:
-    decode = kernels("decode_attention")
-    seq_lens = torch.randint(0, 20000, (num_seqs,), dtype=torch.int32)
-    seq_lens[0] = 0
-    plan = torch.full((1 + num_seqs * decode.MAX_SPLITS,), -1, dtype=torch.int32, device=device)
-    decode._plan_kernel[(1,)](
-        seq_lens.to(device),
-        plan,
-        num_seqs,
-        WINDOW=0,
-        SPLIT=decode.SPLIT,
-        MAX_SPLITS=decode.MAX_SPLITS,
-        KEY_ALIGNMENT=64,
-        BLOCK=seqs_per_round,
-    )
-    count, *items = plan.tolist()
-    want = []
-    for seq, seq_len in enumerate(seq_lens.tolist()):
-        units = -(-seq_len // decode.SPLIT)
-        size = decode.SPLIT * max(1, -(-units // decode.MAX_SPLITS))
-        num_splits = max(1, -(-seq_len // size))
-        want += [seq * decode.MAX_SPLITS + split for split in range(num_splits)]
-    assert items[:count] == want
-    assert set(items[count:]) <= {-1}
+    decode_plan = kernels("decode_plan")
+    layout = decode_plan.SplitLayout(split=256, max_splits=32)
+    random = torch.Generator().manual_seed(num_seqs)
+    seq_lens = torch.randint(0, 20000, (num_seqs,), generator=random)
+    seq_lens[:4] = torch.tensor([0, 1, 256, 257])[:num_seqs]
+    metadata = make_metadata([(length - 1, 1) for length in seq_lens.tolist()], 16, [[]] * num_seqs)
+    num_planned, rows = num_seqs, torch.arange(num_seqs)
+    if is_captured:
+        num_planned, rows = num_seqs // 2, torch.randperm(num_seqs + 3, generator=random)[:num_seqs]
+        metadata.block_rows = rows
+        metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
+    plan = decode_plan.plan_decode(metadata_on(metadata, device), num_seqs, 3, window, layout)
+    count = int(plan.items[0])
+    items = plan.items[decode_plan.HEADER :].view(-1, decode_plan.ITEM)[:count].tolist()
+    want, place = [], 0
+    for seq, (length, row) in enumerate(zip(seq_lens.tolist(), rows.tolist(), strict=True)):
+        if seq == num_planned:
+            break
+        first = max(0, length - window) // 64 * 64 if window else 0
+        tiles = -(-(length - first) // 64)
+        splits = layout.num_splits(length - first)
+        borders = [first + tiles * split // splits * 64 for split in range(splits)] + [length]
+        assert length == 0 or all(start < end for start, end in itertools.pairwise(borders))
+        want += [
+            [seq, row, start, end, place, split, splits, length]
+            for split, (start, end) in enumerate(itertools.pairwise(borders))
+        ]
+        assert plan.places[seq].tolist() == [place, splits]
+        place += splits if splits > 1 else 0
+    assert items == want
+    assert not plan.arrivals[: num_planned * 3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -511,7 +500,7 @@ def test_rows_of_a_linear_layer_never_change_each_other(
     tolerance["atol"] = max(tolerance["atol"], 6 * (shape[0] / 2) ** 0.5 * 2**-24)
     torch.testing.assert_close(want.double(), wide, **tolerance)
     for count in (1, 2, 33, num_rows - 1):
-        assert torch.equal(linear(x[-count:], weight, bias), want[-count:]), count
+        assert_rows_alike(linear(x[-count:], weight, bias), want[-count:])
     assert linear(x[:6].reshape(2, 3, -1), weight).shape == (2, 3, shape[1])
 
 
