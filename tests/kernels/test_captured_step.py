@@ -123,9 +123,11 @@ def test_inputs_equal_the_hosts(device: torch.device, case: str, seed: int) -> N
     n, t = batch.num_seqs, batch.num_tokens
     if n == 0:
         expected = SimpleNamespace(
-            **dict.fromkeys(
-                ["input_ids", "positions", "slot_mapping", "seq_lens", "query_lens"], []
-            ),
+            input_ids=[],
+            positions=[],
+            slot_mapping=[],
+            seq_lens=[],
+            query_lens=[],
             query_start_loc=[0],
         )
     else:
@@ -206,9 +208,7 @@ def test_chunks_keep_the_last_tokens(device: torch.device) -> None:
     batch.is_sampling[:] = [False, True]
     slots.write(batch, table, *NO_SETTINGS, needs_ids=True)  # type: ignore[arg-type]
     inputs = begin(slots, 4, 32, is_pure_decode=False)
-    finish_captured_step(
-        slots.state, inputs, torch.full((4,), 9, dtype=torch.int64, device=device)
-    )
+    finish_captured_step(slots.state, inputs, torch.full((4,), 9, dtype=torch.int64, device=device))
     last = slots.state.last_token_ids.tolist()
     assert last[batch.rows[0]] == 5
     assert last[batch.rows[1]] == 9
