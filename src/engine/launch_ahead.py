@@ -25,6 +25,7 @@ _WAKE_EARLY_S = 100e-6
 _LONGEST_SLEEP_S = 2e-3
 """Bounds how late a step is noticed that ends sooner than expected."""
 _GIVE_UP_S = 0.5
+_SHORTEST_STEP_S = 50e-6
 _SMOOTHING = 0.2
 _LATENESS_DECAY = 0.95
 
@@ -77,10 +78,19 @@ class LaunchAhead:
             late_s = time.perf_counter() - now_s - sleep_s
             self._lateness_s = max(late_s, self._lateness_s * _LATENESS_DECAY)
 
-    def note_done(self, num_steps: int) -> None:
-        """`num_steps` results have been read since the last call."""
+    def note_done(self, num_steps: int, *, is_queue_empty: bool) -> None:
+        """`num_steps` results have been read since the last call.
+
+        Args:
+            num_steps: At least one.
+            is_queue_empty: Nothing launched is left: the device has waited for the host, and the
+                time that passed says only that its steps take no longer.
+        """
         now_s = time.perf_counter()
         taken_s = (now_s - self._last_done_s) / num_steps
-        self._step_s += _SMOOTHING * (taken_s - self._step_s)
-        self._step_s = max(self._step_s, 50e-6)
+        if is_queue_empty:
+            self._step_s = min(self._step_s, taken_s)
+        else:
+            self._step_s += _SMOOTHING * (taken_s - self._step_s)
+        self._step_s = max(self._step_s, _SHORTEST_STEP_S)
         self._last_done_s = now_s

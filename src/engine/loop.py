@@ -264,7 +264,7 @@ class EngineLoop:
                 return True
             num_new_tokens += self._outputs.process(batch, output)
             num_steps += 1
-        self._ahead.note_done(num_steps)
+        self._ahead.note_done(num_steps, is_queue_empty=not self._in_flight)
         self._publish()
         host_s += time.perf_counter() - arrived_s
         self._counters.count_steps(num_steps, num_new_tokens, host_s)
