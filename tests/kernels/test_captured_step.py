@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.batch import BlockUpdate, ScheduledBatch
+from engine.core.batch import BlockUpdate, PrefixGroup, ScheduledBatch
+from engine.core.prefix_groups import MAX_GROUPS
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 from engine.runner.step_inputs import build_host_inputs
 from engine.runner.step_slots import NUM_SLOTS, StepSlots
@@ -77,16 +78,18 @@ def device() -> torch.device:
 
 def make_slots(device: torch.device) -> StepSlots:
     settings = torch.zeros((MAX_SEQS + 1, NUM_SETTING_WORDS), dtype=torch.int32, device=device)
-    return StepSlots(MAX_SEQS, MAX_TOKENS, MAX_BLOCKS, settings, device)
+    return StepSlots(MAX_SEQS, MAX_TOKENS, MAX_BLOCKS, BLOCK_SIZE, settings, device)
 
 
 def begin(slots: StepSlots, num_seqs: int, num_tokens: int, *, is_pure_decode: bool) -> Any:
     from engine.kernels.captured_step import CapturedInputs, begin_captured_step
 
     device = slots.state.launch_count.device
-    inputs = CapturedInputs.empty(num_seqs, num_tokens, device)
-    for name in inputs.__slots__:
-        getattr(inputs, name).fill_(-77)
+    inputs = CapturedInputs.empty(num_seqs, num_tokens, MAX_GROUPS, device)
+    for owner in (inputs, inputs.shared_prefixes):
+        for name in owner.__slots__:
+            if isinstance(value := getattr(owner, name), torch.Tensor):
+                value.fill_(-77)
     begin_captured_step(slots.state, inputs, BLOCK_SIZE, is_pure_decode=is_pure_decode)
     return inputs
 
@@ -155,6 +158,50 @@ def test_inputs_equal_the_hosts(device: torch.device, case: str, seed: int) -> N
     assert all(0 <= token_id < 900 for token_id in inputs.input_ids[t:].tolist())
     assert inputs.sampling_rows[n:].tolist() == [MAX_SEQS] * (max_seqs - n)
     assert all(0 <= index < max_tokens for index in inputs.logits_indices.tolist())
+
+
+@pytest.mark.parametrize("sizes", [[], [3], [2, 4, 1], [1] * MAX_GROUPS])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_prefix_groups(device: torch.device, sizes: list[int], is_mixed: bool) -> None:
+    rng = random.Random(len(sizes))
+    max_seqs = 40
+    slots = StepSlots(
+        max_seqs,
+        MAX_TOKENS,
+        MAX_BLOCKS,
+        BLOCK_SIZE,
+        torch.zeros((max_seqs + 1, NUM_SETTING_WORDS), dtype=torch.int32, device=device),
+        device,
+    )
+    table = FakeTable(rng)
+    num_decodes = 9
+    batch = make_batch(rng, table, num_decodes, [8, 3] if is_mixed else [])
+    if len(sizes) > num_decodes:
+        batch = make_batch(rng, table, 12, [])
+        sizes = sizes[:12]
+    places = rng.sample(range(batch.num_decodes), sum(sizes))
+    for index, size in enumerate(sizes):
+        members = np.array(sorted(places[:size]), np.int32)
+        places = places[size:]
+        batch.prefix_groups.append(PrefixGroup(members, 2 + index))
+    # What an earlier step left in the slot and on the device must not be seen.
+    slots._params[:, 20:900] = 5
+    assert slots.write(batch, table, *NO_SETTINGS, needs_ids=True)  # type: ignore[arg-type]
+    tokens = 40 if is_mixed else 16
+    inputs = begin(slots, 16, tokens, is_pure_decode=not is_mixed)
+    shared = inputs.shared_prefixes
+    lengths = [group.num_blocks * BLOCK_SIZE for group in batch.prefix_groups]
+    unused = MAX_GROUPS - len(lengths)
+    ends = np.cumsum([0, *(len(group.members) for group in batch.prefix_groups)]).tolist()
+    assert shared.group_lens.tolist() == lengths + [0] * unused
+    assert shared.member_start.tolist() == ends + [ends[-1]] * unused
+    expected = [0] * 16
+    for group, length in zip(batch.prefix_groups, lengths, strict=True):
+        for member in group.members.tolist():
+            expected[member] = length
+    assert shared.prefix_lens.tolist() == expected
+    everybody = [m for group in batch.prefix_groups for m in group.members.tolist()]
+    assert shared.members[: ends[-1]].tolist() == everybody
 
 
 def test_settings_and_slots_go_round(device: torch.device) -> None:

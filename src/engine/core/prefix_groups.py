@@ -7,32 +7,16 @@ prompt, questions over one document and the n answers of a request come in such 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-from engine.core.batch import Int32Array
+from engine.core.batch import Int32Array, PrefixGroup
 from engine.core.state import SequenceTable
 
 MAX_GROUPS = 16
 MIN_MEMBERS = 4
 MIN_BLOCKS = 8
 """Smaller groups and shorter prefixes save less than the extra items of the work list cost."""
-
-
-@dataclass(slots=True, frozen=True)
-class PrefixGroup:
-    """Decoding sequences of one batch with equal leading blocks.
-
-    Attributes:
-        members: [M] int32, their places in the batch, M >= `MIN_MEMBERS`.
-        num_blocks: Leading blocks that all of them share, >= `MIN_BLOCKS`; full, and fewer than any
-            member has.
-    """
-
-    members: Int32Array
-    num_blocks: int
 
 
 class PrefixGroups:

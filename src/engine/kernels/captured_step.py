@@ -16,8 +16,11 @@ A slot of the parameters, int32 words (`StepSlotLayout`):
 
 | words                  | content                                                              |
 |------------------------|----------------------------------------------------------------------|
-| 16                     | sequences n, decoding nd, tokens, table entries, settings, ids       |
-| 4 x S                  | row, query_len, first position, is_sampling of each sequence         |
+| 16                     | sequences n, decoding nd, tokens, table entries, settings, ids,      |
+|                        | prefix groups                                                        |
+| 5 x S                  | row, query_len, first position, is_sampling, tokens of the prefix    |
+|                        | that its group reads, of each sequence                               |
+| G, G + 1, S            | prefix groups: lengths in tokens, first members, members             |
 | T                      | token ids, -1 (and past the ids): the row's last sampled token       |
 | 2 x U                  | changed entries of the flat block table: index, block id             |
 | S x (1 + words)        | changed rows of the sampler's settings: row, then its words          |
@@ -52,6 +55,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.metadata import SharedPrefixes
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 
 HEADER_WORDS = 16
@@ -67,21 +71,28 @@ class StepSlotLayout:
         max_seqs: S, sequences of a step at most, and the index of the padding row.
         max_tokens: T at most.
         max_updates: U, changed block-table entries at most.
+        max_groups: G, prefix groups at most.
     """
 
     max_seqs: int
     max_tokens: int
     max_updates: int
+    max_groups: int
 
     @property
     def seqs(self) -> int:
-        """First word of the four runs of S words that describe sequences."""
+        """First word of the five runs of S words that describe sequences."""
         return HEADER_WORDS
+
+    @property
+    def groups(self) -> int:
+        """First word of the prefix groups: G lengths, G + 1 first members, S members."""
+        return self.seqs + 5 * self.max_seqs
 
     @property
     def ids(self) -> int:
         """First word of the token ids."""
-        return self.seqs + 4 * self.max_seqs
+        return self.groups + 2 * self.max_groups + 1 + self.max_seqs
 
     @property
     def updates(self) -> int:
@@ -138,6 +149,7 @@ class CapturedInputs:
         sampling_rows: [B] int64, state index where the sequence samples, else the padding row.
         sampling_positions: [B] int64, position of the token to be sampled.
         logits_indices: [B] int64, row of the sequence's last token in the flat batch.
+        shared_prefixes: Prefix groups of the decoding sequences.
     """
 
     input_ids: torch.Tensor
@@ -151,9 +163,12 @@ class CapturedInputs:
     sampling_rows: torch.Tensor
     sampling_positions: torch.Tensor
     logits_indices: torch.Tensor
+    shared_prefixes: SharedPrefixes
 
     @classmethod
-    def empty(cls, num_seqs: int, num_tokens: int, device: torch.device) -> CapturedInputs:
+    def empty(
+        cls, num_seqs: int, num_tokens: int, max_groups: int, device: torch.device
+    ) -> CapturedInputs:
         """Unwritten tensors for B = `num_seqs` and T = `num_tokens`."""
 
         def make(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -171,6 +186,12 @@ class CapturedInputs:
             sampling_rows=make(num_seqs, torch.int64),
             sampling_positions=make(num_seqs, torch.int64),
             logits_indices=make(num_seqs, torch.int64),
+            shared_prefixes=SharedPrefixes(
+                members=make(num_seqs, torch.int32),
+                member_start=make(max_groups + 1, torch.int32),
+                group_lens=make(max_groups, torch.int32),
+                prefix_lens=make(num_seqs, torch.int32),
+            ),
         )
 
     def narrow(self, num_seqs: int, num_tokens: int) -> CapturedInputs:
@@ -187,6 +208,12 @@ class CapturedInputs:
             sampling_rows=self.sampling_rows[:num_seqs],
             sampling_positions=self.sampling_positions[:num_seqs],
             logits_indices=self.logits_indices[:num_seqs],
+            shared_prefixes=SharedPrefixes(
+                members=self.shared_prefixes.members[:num_seqs],
+                member_start=self.shared_prefixes.member_start,
+                group_lens=self.shared_prefixes.group_lens,
+                prefix_lens=self.shared_prefixes.prefix_lens[:num_seqs],
+            ),
         )
 
 
@@ -202,6 +229,8 @@ def _kv_slot(table_ptr, row, position, max_blocks, mask, BLOCK_SIZE: tl.constexp
         "num_slots",
         "slot_words",
         "seqs_at",
+        "groups_at",
+        "max_groups",
         "ids_at",
         "updates_at",
         "settings_at",
@@ -228,9 +257,15 @@ def _begin_kernel(
     sampling_rows_ptr,
     sampling_positions_ptr,
     logits_indices_ptr,
+    members_ptr,
+    member_start_ptr,
+    group_lens_ptr,
+    prefix_lens_ptr,
     num_slots,
     slot_words,
     seqs_at,
+    groups_at,
+    max_groups,
     ids_at,
     updates_at,
     settings_at,
@@ -249,6 +284,7 @@ def _begin_kernel(
     num_updates = tl.load(slot_ptr + 3)
     num_settings = tl.load(slot_ptr + 4)
     num_ids = tl.load(slot_ptr + 5)
+    num_groups = tl.load(slot_ptr + 6)
     tl.store(counts_ptr, num_decodes)
     tl.store(counts_ptr + 1, num_seqs)
 
@@ -266,6 +302,16 @@ def _begin_kernel(
         word = tl.load(slot_ptr + settings_at + max_seqs + entry, mask=is_entry, other=0)
         place = row * NUM_SETTING_WORDS + entry % NUM_SETTING_WORDS
         tl.store(settings_ptr + place, word, mask=is_entry)
+    # Groups that are not used have no tokens and no members.
+    group_ptr = slot_ptr + groups_at
+    group_len = tl.load(group_ptr + lanes, mask=lanes < num_groups, other=0)
+    tl.store(group_lens_ptr + lanes, group_len, mask=lanes < max_groups)
+    has_groups = num_groups > 0
+    start_place = tl.where(has_groups, tl.minimum(lanes, num_groups), max_groups + 1)
+    first_member = tl.load(
+        group_ptr + max_groups + start_place, mask=start_place <= max_groups, other=0
+    )
+    tl.store(member_start_ptr + lanes, first_member, mask=lanes <= max_groups)
     # The sequences below read the table.
     tl.debug_barrier()
 
@@ -290,6 +336,11 @@ def _begin_kernel(
         tl.store(sampling_positions_ptr + seqs, (first + query_len).to(tl.int64), mask=is_place)
         last = tl.maximum(start_loc + query_len - 1, 0)
         tl.store(logits_indices_ptr + seqs, last.to(tl.int64), mask=is_place)
+        is_member = is_seq & (seqs < tl.where(has_groups, num_places, 0))
+        prefix_len = tl.load(seq_ptrs + 4 * max_seqs, mask=is_member, other=0)
+        tl.store(prefix_lens_ptr + seqs, prefix_len, mask=is_place)
+        member = tl.load(group_ptr + 2 * max_groups + 1 + seqs, mask=is_member, other=0)
+        tl.store(members_ptr + seqs, member, mask=is_place)
         if IS_PURE_DECODE:
             host_id = tl.load(slot_ptr + ids_at + seqs, mask=seqs < num_ids, other=-1)
             host_id = host_id.to(tl.int64)
@@ -416,9 +467,15 @@ def begin_captured_step(
         inputs.sampling_rows,
         inputs.sampling_positions,
         inputs.logits_indices,
+        inputs.shared_prefixes.members,
+        inputs.shared_prefixes.member_start,
+        inputs.shared_prefixes.group_lens,
+        inputs.shared_prefixes.prefix_lens,
         num_slots,
         layout.size,
         layout.seqs,
+        layout.groups,
+        layout.max_groups,
         layout.ids,
         layout.updates,
         layout.settings,

@@ -62,7 +62,9 @@ class CapturedSteps:
         self._launcher = GraphLauncher(self.stream)
         max_num_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
         self._ladder = Ladder(config.max_num_seqs, max_num_tokens)
-        self._inputs = CapturedInputs.empty(config.max_num_seqs, max_num_tokens, config.device)
+        self._inputs = CapturedInputs.empty(
+            config.max_num_seqs, max_num_tokens, slots.state.layout.max_groups, config.device
+        )
         self._logits = torch.empty(
             (config.max_num_seqs, model.config.vocab_size), dtype=config.dtype, device=config.device
         )
@@ -83,7 +85,7 @@ class CapturedSteps:
         Args:
             batch: Any step without prompt log probabilities.
             table: For token ids and new blocks.
-            variant: What the sampling sequences need.
+            variant: What the sampling sequences need, or more.
             needs_ids: Whether some inputs are not the rows' last sampled tokens.
         """
         is_pure_decode = batch.num_tokens == batch.num_seqs
@@ -169,6 +171,7 @@ class CapturedSteps:
             block_rows=inputs.block_rows,
             device_counts=inputs.device_counts,
             max_prefills=0 if is_pure_decode else num_seqs,
+            shared_prefixes=inputs.shared_prefixes,
         )
         hidden = self._model.forward(inputs.input_ids, self._kv_caches, metadata)
         if not is_pure_decode:

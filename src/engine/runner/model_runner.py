@@ -58,8 +58,9 @@ class ModelRunner:
         self._is_cuda = config.device.type == "cuda"
         self.kv_caches = allocate_kv_caches(model, config)
         self.sampler = Sampler(model.config.vocab_size, config.max_num_seqs, config.device)
-        # Whether the device's `last_token_ids` holds the sequence's newest token, by state index.
-        self._has_device_token = np.zeros(config.max_num_seqs, dtype=np.bool_)
+        # State indices whose newest token is not in the device's `last_token_ids`: new ones, and
+        # prompts that are not finished.
+        self._rows_without_device_token: set[int] = set()
         self._uploader: DeviceUploader | None = None
         self._slots: StepSlots | None = None
         self._captured: CapturedSteps | None = None
@@ -70,6 +71,7 @@ class ModelRunner:
                 config.max_num_seqs,
                 max(config.max_num_batched_tokens, config.max_num_seqs),
                 table.max_blocks,
+                config.block_size,
                 self.sampler.tables.settings,
                 config.device,
             )
@@ -91,7 +93,10 @@ class ModelRunner:
         """
         self._load_new_rows(batch)
         self._ban_bad_words(batch)
-        if self._captured is not None and not batch.needs_prompt_logprobs.any():
+        wants_prompt_logits = (
+            self._table.num_reporting_prompts > 0 and batch.needs_prompt_logprobs.any()
+        )
+        if self._captured is not None and not wants_prompt_logits:
             return self._run_captured(batch, self._captured)
         return self._run_eager(batch)
 
@@ -122,7 +127,7 @@ class ModelRunner:
     # ---------------------------------------------------------------- settings of sequences
 
     def _load_new_rows(self, batch: ScheduledBatch) -> None:
-        self._has_device_token[batch.new_rows] = False
+        self._rows_without_device_token.update(batch.new_rows)
         for row in batch.new_rows:
             seq = self._table.sequences[row]
             if seq is None:
@@ -167,7 +172,7 @@ class ModelRunner:
         if self._slots is not None:
             # -1 (nothing could be sampled) must stay a valid input of a step launched ahead.
             self._slots.state.last_token_ids[inputs.sampling_rows] = token_ids.clamp(min=0)
-            self._has_device_token[host.sampling_rows] = True
+            self._rows_without_device_token.difference_update(host.sampling_rows.tolist())
         logprobs = self._sampled_logprobs(host.sampling_rows, logits, token_ids)
         return self._pending(token_ids, batch, logprobs, prompt_logprobs)
 
@@ -179,19 +184,21 @@ class ModelRunner:
     # ---------------------------------------------------------------- captured steps
 
     def _run_captured(self, batch: ScheduledBatch, captured: CapturedSteps) -> CapturedPendingStep:
+        # The steady state makes no call that gives up the GIL: no torch, no reduction over rows.
         self.sampler.flush_lists()
         is_pure_decode = batch.num_tokens == batch.num_seqs
-        needs_ids = not (is_pure_decode and bool(self._has_device_token[batch.rows].all()))
-        is_sampling = batch.is_sampling
-        sampling_rows = batch.rows if is_pure_decode else batch.rows[is_sampling]
-        variant = self.sampler.variant(sampling_rows)
-        ticket = captured.launch(batch, self._table, variant, needs_ids=needs_ids)
-        self._has_device_token[sampling_rows] = True
+        needs_ids = not is_pure_decode or bool(self._rows_without_device_token)
+        ticket = captured.launch(
+            batch, self._table, self.sampler.live_variant(), needs_ids=needs_ids
+        )
+        if self._rows_without_device_token:
+            sampling_rows = batch.rows[batch.is_sampling].tolist()
+            self._rows_without_device_token.difference_update(sampling_rows)
         logprobs = {}
-        if self._table.wants_logprobs[batch.rows].any():
+        if self._table.num_wanting_logprobs:
             token_ids, logits = captured.results(batch.num_seqs)
-            logprobs = self._sampled_logprobs(batch.rows, logits, token_ids, is_sampling)
-        return CapturedPendingStep(ticket, is_sampling, captured.stream, logprobs)
+            logprobs = self._sampled_logprobs(batch.rows, logits, token_ids, batch.is_sampling)
+        return CapturedPendingStep(ticket, batch.is_sampling, captured.stream, logprobs)
 
     # ---------------------------------------------------------------- results
 

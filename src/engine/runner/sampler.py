@@ -124,6 +124,10 @@ class Sampler:
         """
         return self._state.variant(rows)
 
+    def live_variant(self) -> SamplerVariant:
+        """The variant that serves any batch of the rows set so far; cheap while none changes."""
+        return self._state.live_variant()
+
     def flush(self) -> None:
         """Send rows changed since the last call to the device, on the current stream."""
         self._state.flush()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from engine.core.batch import ScheduledBatch
+from engine.core.prefix_groups import MAX_GROUPS
 from engine.core.state import SequenceTable
 from engine.kernels.captured_step import CapturedStepState, StepSlotLayout
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
@@ -30,6 +31,7 @@ class StepSlots:
         max_num_seqs: S, sequences of a step at most.
         max_num_tokens: T at most.
         max_blocks: Width of the block table.
+        block_size: Tokens per KV block.
         settings: [S + 1, words] int32, the sampler's table on the device.
         device: A CUDA device.
     """
@@ -39,10 +41,11 @@ class StepSlots:
         max_num_seqs: int,
         max_num_tokens: int,
         max_blocks: int,
+        block_size: int,
         settings: torch.Tensor,
         device: torch.device,
     ) -> None:
-        layout = StepSlotLayout(max_num_seqs, max_num_tokens, _MAX_UPDATES)
+        layout = StepSlotLayout(max_num_seqs, max_num_tokens, _MAX_UPDATES, MAX_GROUPS)
         is_cuda = device.type == "cuda"
         params = torch.zeros((NUM_SLOTS, layout.size), dtype=torch.int32, pin_memory=is_cuda)
         results = torch.zeros((NUM_SLOTS, max_num_seqs), dtype=torch.int64, pin_memory=is_cuda)
@@ -60,6 +63,7 @@ class StepSlots:
         self._params: Int32Array = params.numpy()
         self._results: npt.NDArray[np.int64] = results.numpy()
         self._max_blocks = max_blocks
+        self._block_size = block_size
         self._launch_count = 0
         self._iota = np.arange(max_blocks, dtype=np.int32)
 
@@ -97,9 +101,9 @@ class StepSlots:
         slot[at + size : at + size + num_seqs] = batch.num_scheduled_tokens
         slot[at + 2 * size : at + 2 * size + num_seqs] = batch.num_computed_tokens
         slot[at + 3 * size : at + 3 * size + num_seqs] = batch.is_sampling
-        num_decodes = num_seqs
-        if batch.num_tokens > num_seqs:
-            num_decodes = int(np.count_nonzero(batch.num_scheduled_tokens == 1))
+        num_decodes = batch.num_decodes
+        if batch.prefix_groups:
+            self._write_groups(slot, batch)
         if needs_ids:
             self._write_ids(slot[layout.ids : layout.updates], batch, table, num_decodes)
         num_updates = self._write_updates(slot[layout.updates :], batch, table)
@@ -114,6 +118,7 @@ class StepSlots:
         slot[3] = max(num_updates, 0)
         slot[4] = num_settings
         slot[5] = batch.num_tokens if needs_ids else 0
+        slot[6] = len(batch.prefix_groups)
         return num_updates >= 0
 
     def count_launch(self) -> StepTicket:
@@ -128,6 +133,23 @@ class StepSlots:
         Nothing may be in flight.
         """
         self._launch_count = int(self.state.launch_count.item())
+
+    def _write_groups(self, slot: Int32Array, batch: ScheduledBatch) -> None:
+        layout, block_size = self.state.layout, self._block_size
+        prefix_lens = slot[layout.seqs + 4 * layout.max_seqs : layout.groups]
+        prefix_lens[: batch.num_seqs] = 0
+        starts_at = layout.groups + layout.max_groups
+        members_at = starts_at + layout.max_groups + 1
+        place = 0
+        slot[starts_at] = 0
+        for index, group in enumerate(batch.prefix_groups):
+            num_tokens = group.num_blocks * block_size
+            prefix_lens[group.members] = num_tokens
+            slot[layout.groups + index] = num_tokens
+            end = place + len(group.members)
+            slot[members_at + place : members_at + end] = group.members
+            slot[starts_at + index + 1] = end
+            place = end
 
     def _write_ids(
         self, ids: Int32Array, batch: ScheduledBatch, table: SequenceTable, num_decodes: int
