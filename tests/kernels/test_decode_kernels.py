@@ -143,12 +143,35 @@ def test_the_cpu_path_refuses_what_it_does_not_read() -> None:
         dispatch.paged_attention(*case.arguments(), softmax_scale=case.softmax_scale)
 
 
-def test_attention_of_a_captured_step_without_prefills(device: torch.device) -> None:
-    case = make_case(LENGTHS, block_size=64)
+@pytest.mark.parametrize("num_prefills", [0, 2])
+def test_a_captured_mixed_step(device: torch.device, num_prefills: int) -> None:
+    """Bounds above the counts: the first prefill starts within the rows that could be decodes."""
+    seqs = [(0, 1), (300, 1), (0, 20), (33, 30)][: 2 + num_prefills]
+    case = make_case(seqs, block_size=16)
     want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
-    case.metadata = captured(case, 3)
+    num_rows, num_tokens = 6, 80
+    used = len(case.q)
+    metadata = captured(case, 2)
+    metadata.device_counts = torch.tensor([2, len(seqs)], dtype=torch.int32)
+    for name, rest in (("seq_lens", 77), ("query_lens", 0), ("block_rows", 0)):
+        value = torch.full((num_rows,), rest, dtype=getattr(metadata, name).dtype)
+        value[: len(seqs)] = getattr(metadata, name)
+        setattr(metadata, name, value)
+    starts = torch.full((num_rows + 1,), used, dtype=torch.int32)
+    starts[: len(seqs) + 1] = metadata.query_start_loc
+    metadata = dataclasses.replace(
+        metadata, query_start_loc=starts, num_decodes=5, max_query_len=num_tokens, max_prefills=3
+    )
+    q = torch.full((num_tokens, *case.q.shape[1:]), NAN)
+    q[:used] = case.q
+    case = dataclasses.replace(case, q=q, metadata=metadata)
+    oracle = reference.paged_attention(
+        *case.widened().arguments(), softmax_scale=case.softmax_scale
+    )
+    assert torch.equal(oracle[:used], want)
     on_device = case.on(device)
+    dispatch.begin_step(on_device.metadata)
     got = kernels("attention").paged_attention(
         *on_device.arguments(), softmax_scale=case.softmax_scale
     )
-    torch.testing.assert_close(got[:3].cpu().double(), want[:3], **TOLERANCE[torch.float32])
+    torch.testing.assert_close(got[:used].cpu().double(), want, **TOLERANCE[torch.float32])
