@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from kernel_cases import PADDING, TOLERANCE, AttentionCase, make_case
-from triton_cases import DTYPES, IS_INTERPRETED, NEEDS_TRITON, kernels, on_gpu_only
+from triton_cases import (
+    DTYPES,
+    IS_INTERPRETED,
+    NEEDS_TRITON,
+    assert_rows_alike,
+    kernels,
+    on_gpu_only,
+)
 
 from engine.kernels import dispatch, reference
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 pytestmark = NEEDS_TRITON
 NAN = float("nan")
@@ -78,10 +86,12 @@ LENGTHS = [(0, 1), (300, 1), (63, 1), (700, 1), *on_gpu_only((5000, 1), (20000, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("merge_here", [False, True])
-@pytest.mark.parametrize("num_decodes", [0, 1, len(LENGTHS) - 1, len(LENGTHS)])
+@pytest.mark.parametrize(
+    ("num_decodes", "merge_here"),
+    [(0, False), (len(LENGTHS) - 1, False), (len(LENGTHS) - 1, True), *on_gpu_only((1, True))],
+)
 def test_only_the_counted_sequences_are_computed(
-    device: torch.device, dtype: torch.dtype, merge_here: bool, num_decodes: int
+    device: torch.device, dtype: torch.dtype, num_decodes: int, merge_here: bool
 ) -> None:
     tiles = tiles_for(dtype, 64, merge_here=merge_here)
     case = make_case(LENGTHS, dtype=dtype, num_q_heads=9, num_kv_heads=3, block_size=64)
@@ -175,3 +185,125 @@ def test_a_captured_mixed_step(device: torch.device, num_prefills: int) -> None:
         *on_device.arguments(), softmax_scale=case.softmax_scale
     )
     torch.testing.assert_close(got[:used].cpu().double(), want, **TOLERANCE[torch.float32])
+
+
+def share(
+    case: AttentionCase, groups: list[tuple[int, list[int]]], max_groups: int, block_size: int
+) -> AttentionCase:
+    """The case with groups of (blocks in common, members), whose first member lends its blocks.
+
+    Of the others' own leading blocks nothing is left: NaN in the cache, and on the device not even
+    an entry of the table.
+    """
+    full = case.metadata
+    k_cache, v_cache, table = case.k_cache.clone(), case.v_cache.clone(), full.block_table.clone()
+    prefix_lens = torch.zeros(full.num_seqs, dtype=torch.int32)
+    for num_blocks, members in groups:
+        for member in members:
+            prefix_lens[member] = num_blocks * block_size
+            if member != members[0]:
+                own = full.block_table[member, :num_blocks].long()
+                k_cache[own], v_cache[own] = NAN, NAN
+                table[member, :num_blocks] = full.block_table[members[0], :num_blocks]
+    sizes = [len(members) for _, members in groups] + [0] * (max_groups - len(groups))
+    members = [member for _, members in groups for member in members]
+    unused = [2**30] * (full.num_seqs - len(members))
+    shared = SharedPrefixes(
+        members=torch.tensor(members + unused, dtype=torch.int32),
+        member_start=torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32),
+        group_lens=torch.tensor(
+            [num_blocks * block_size for num_blocks, _ in groups]
+            + [0] * (max_groups - len(groups)),
+            dtype=torch.int32,
+        ),
+        prefix_lens=prefix_lens,
+    )
+    metadata = dataclasses.replace(full, block_table=table, shared_prefixes=shared)
+    return dataclasses.replace(case, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
+
+
+def without_borrowed_entries(case: AttentionCase) -> AttentionMetadata:
+    """Metadata in which only the first member of a group knows the blocks of the prefix."""
+    metadata = case.metadata
+    shared = metadata.shared_prefixes
+    assert shared is not None
+    table = metadata.block_table.clone()
+    for start, end in itertools.pairwise(shared.member_start.tolist()):
+        for member in shared.members[start:end].tolist()[1:]:
+            width = -(-int(shared.prefix_lens[member]) // BLOCK_SIZE)
+            table[member, :width] = 2**30
+    return dataclasses.replace(metadata, block_table=table)
+
+
+BLOCK_SIZE = 16
+GROUP_LENGTHS = [(n, 1) for n in (50, 333, 170, 40, 171, 400, 310, 33, 700, 300)]
+GROUPINGS = {
+    "none": [],
+    "one": [(9, [4, 1, 8])],
+    "all": [(2, list(range(10)))],
+    "several": [(2, [7, 3]), (18, [1, 6, 8, 5, 9]), (10, [2, 4])],
+    "of one": [(3, [0]), (43, [8])],
+}
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], *on_gpu_only(*DTYPES[1:])])
+@pytest.mark.parametrize(
+    ("grouping", "merge_here"), [("several", False), *((name, True) for name in GROUPINGS)]
+)
+def test_shared_prefixes(
+    device: torch.device, dtype: torch.dtype, grouping: str, merge_here: bool
+) -> None:
+    case = make_case(
+        GROUP_LENGTHS, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=BLOCK_SIZE
+    )
+    case = share(case, GROUPINGS[grouping], 4, BLOCK_SIZE)
+    want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
+    arguments = {
+        "tiles": tiles_for(dtype, 64, merge_here=merge_here),
+        "tiles_of_prefixes": dataclasses.replace(
+            kernels("shared_prefix").prefix_tiles(dtype, 64), split=128, max_splits=4
+        ),
+    }
+    metadata = without_borrowed_entries(case)
+    got = decode(case, device, metadata=metadata, **arguments)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+    assert torch.equal(decode(case, device, metadata=metadata, **arguments), got)
+    if grouping == "none":
+        metadata.shared_prefixes = None
+        assert torch.equal(decode(case, device, metadata=metadata, **arguments), got)
+
+
+@pytest.mark.parametrize("block_size", [64, *on_gpu_only(16, 32, 128)])
+def test_members_never_change_each_other(device: torch.device, block_size: int) -> None:
+    """A sequence's bits follow from its length and its prefix: not from who shares it."""
+    lengths = [(128 * 3 + 40 * i, 1) for i in range(9)]
+    case = make_case(lengths, dtype=torch.float16, num_q_heads=8, block_size=block_size)
+    num_blocks = 256 // block_size
+    together = decode(share(case, [(num_blocks, list(range(9)))], 2, block_size), device)
+    fewer = decode(share(case, [(num_blocks, [0, 7, 3])], 2, block_size), device)
+    assert_rows_alike(fewer[[0, 7, 3]], together[[0, 7, 3]])
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 300}, {"logit_softcap": 2.0}])
+def test_shared_prefixes_under_windows_and_softcaps(
+    device: torch.device, options: dict[str, float]
+) -> None:
+    case = make_case(GROUP_LENGTHS, block_size=BLOCK_SIZE)
+    case = share(case, GROUPINGS["several"], 3, BLOCK_SIZE)
+    want = reference.paged_attention(
+        *case.widened().arguments(), softmax_scale=case.softmax_scale, **options
+    )
+    got = decode(case, device, **options)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[torch.float32])
+    if "sliding_window" in options:
+        case.metadata.shared_prefixes = None
+        assert torch.equal(decode(case, device, **options), got), "windows ignore groups"
+
+
+def test_shared_prefixes_of_a_captured_step(device: torch.device) -> None:
+    case = make_case(GROUP_LENGTHS, block_size=BLOCK_SIZE)
+    case = share(case, [(10, [4, 1, 6]), (2, [2, 0])], 16, BLOCK_SIZE)
+    want = decode(case, device)
+    got = decode(case, device, metadata=captured(case, 8))
+    assert torch.equal(got[:8], want[:8])
+    assert (got[8:] == 7.0).all()

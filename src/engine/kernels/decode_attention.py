@@ -57,9 +57,10 @@ from engine.kernels.attention_tiles import (
 )
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 
-# Elements of partial sums that one round of a merge holds in registers.
-_MERGE_ELEMENTS = 4096
+# Elements of partial sums that one round of a merge may hold in registers.
+_MAX_MERGE_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class DecodeTiles:
         programs_per_processor: Programs that share a multiprocessor.
         split: Keys per split, a multiple of 64 and of block_n.
         max_splits: Most splits of a sequence, a power of two.
+        merge_splits: Splits that one round of a merge reads.
         merge_here: Merge in the split kernel instead of a second one.
     """
 
@@ -82,6 +84,7 @@ class DecodeTiles:
     programs_per_processor: int
     split: int = 256
     max_splits: int = 32
+    merge_splits: int = 4
     merge_here: bool = False
 
     @property
@@ -136,7 +139,7 @@ def _merge_splits(
     highest = tl.where(is_member, tl.max(maxima, axis=0), 0.0)
     total = tl.sum(sums * tl.exp2(maxima - highest[None, :]), axis=0)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for base in range(0, num_splits, BLOCK_S):
+    for base in tl.range(0, num_splits, BLOCK_S, num_stages=1):
         part = base + tl.arange(0, BLOCK_S)
         is_part = part < num_splits
         places = first_place + part
@@ -158,6 +161,21 @@ def _merge_splits(
     out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
     mask = is_member[:, None] & is_column[None, :]
     tl.store(out_ptrs, mixed.to(out_row_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_item(items_ptr, index, HEADER: tl.constexpr, ITEM: tl.constexpr):
+    item_ptr = items_ptr + HEADER + index * ITEM
+    return (
+        tl.load(item_ptr),
+        tl.load(item_ptr + 1),
+        tl.load(item_ptr + 2),
+        tl.load(item_ptr + 3),
+        tl.load(item_ptr + 4),
+        tl.load(item_ptr + 5),
+        tl.load(item_ptr + 6),
+        tl.load(item_ptr + 7),
+    )
 
 
 @triton.jit
@@ -201,18 +219,20 @@ def _split_kernel(
     columns = tl.arange(0, BLOCK_D)
     is_row = rows < GROUP
     mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
+    # The numbers of an item are loaded while the one before it is computed; those of the first
+    # together with the length of the list, of whose room there is at least one item per program.
+    num_programs = tl.num_programs(0)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
-    for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        item_ptr = items_ptr + HEADER + work // NUM_KV_HEADS * ITEM
+    next_item = _load_item(items_ptr, tl.program_id(0) // NUM_KV_HEADS, HEADER, ITEM)
+    for work in range(tl.program_id(0), num_items, num_programs):
+        seq, table_row, start, end, first_place, split, splits, seq_len = next_item
+        next_work = tl.minimum(work + num_programs, num_items - 1)
+        next_item = _load_item(items_ptr, next_work // NUM_KV_HEADS, HEADER, ITEM)
         kv_head = work % NUM_KV_HEADS
-        seq = tl.load(item_ptr).to(tl.int64)
-        table_row = tl.load(item_ptr + 1).to(tl.int64)
-        start = tl.load(item_ptr + 2)
-        end = tl.load(item_ptr + 3)
-        first_place = tl.load(item_ptr + 4).to(tl.int64)
-        split = tl.load(item_ptr + 5)
-        num_splits = tl.load(item_ptr + 6)
-        seq_len = tl.load(item_ptr + 7)
+        seq = seq.to(tl.int64)
+        table_row = table_row.to(tl.int64)
+        first_place = first_place.to(tl.int64)
+        num_splits = splits % 256
         low = start
         if WINDOW > 0:
             low = tl.maximum(seq_len - WINDOW, 0)
@@ -225,7 +245,7 @@ def _split_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         full_end = start
         if WINDOW == 0:
-            full_end = tl.maximum(end - end % BLOCK_N, start)
+            full_end = start + (end - start) // BLOCK_N * BLOCK_N
             acc, row_max, row_sum = attend_tiles(
                 acc,
                 row_max,
@@ -290,7 +310,8 @@ def _split_kernel(
             if MERGE_HERE:
                 arrival_ptr = arrivals_ptr + seq * NUM_KV_HEADS + kv_head
                 tl.debug_barrier()
-                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1:
+                num_before = num_splits - splits // 256 - 1
+                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
                     tl.store(arrival_ptr, 0)
                     _merge_splits(
                         partial_ptr,
@@ -360,6 +381,7 @@ def decode_attention(
     sliding_window: int | None,
     logit_softcap: float,
     tiles: DecodeTiles | None = None,
+    tiles_of_prefixes: PrefixTiles | None = None,
 ) -> None:
     """Attention of the leading `metadata.num_decodes` sequences, or `device_counts[0]` of them.
 
@@ -374,15 +396,18 @@ def decode_attention(
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
         tiles: Launch shape; default `decode_tiles`.
+        tiles_of_prefixes: Launch shape for shared prefixes; default `prefix_tiles`.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
     tiles = tiles or decode_tiles(q.dtype, head_dim)
-    layout = tiles.layout
+    tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
+    layout, prefix_layout = tiles.layout, tiles_of_prefixes.layout
+    heads = (num_q_heads, num_kv_heads)
     plan = metadata.once_per_step(
-        ("decode plan", sliding_window, num_kv_heads, num_seqs, layout),
-        lambda: plan_decode(metadata, num_seqs, num_kv_heads, sliding_window, layout),
+        ("decode plan", sliding_window, heads, num_seqs, layout, prefix_layout),
+        lambda: plan_decode(metadata, num_seqs, *heads, sliding_window, layout, prefix_layout),
     )
     num_places = num_seqs * layout.max_splits
     partial, stats = (
@@ -403,8 +428,21 @@ def decode_attention(
         "MAX_SPLITS": layout.max_splits,
         "BLOCK_G": block_g,
         "BLOCK_D": block_d,
-        "BLOCK_S": min(8, max(1, _MERGE_ELEMENTS // (block_g * block_d))),
+        "BLOCK_S": min(tiles.merge_splits, max(1, _MAX_MERGE_ELEMENTS // (block_g * block_d))),
     }
+    if plan.prefix_items is not None:
+        attend_shared_prefixes(
+            q,
+            k_cache,
+            v_cache,
+            metadata,
+            plan,
+            partial,
+            stats,
+            score_scale,
+            softcap,
+            tiles_of_prefixes,
+        )
     _split_kernel[(num_programs,)](
         q,
         k_cache,
