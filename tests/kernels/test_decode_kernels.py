@@ -307,3 +307,69 @@ def test_shared_prefixes_of_a_captured_step(device: torch.device) -> None:
     got = decode(case, device, metadata=captured(case, 8))
     assert torch.equal(got[:8], want[:8])
     assert (got[8:] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "rot_dim", "has_norm", "window"),
+    [(64, 64, False, None), (80, 32, True, 100), *on_gpu_only((128, 128, True, None))],
+)
+def test_new_tokens_rotated_and_stored_on_the_way(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    rot_dim: int,
+    has_norm: bool,
+    window: int | None,
+) -> None:
+    """In one launch the same bits as in two, in the output and in the caches."""
+    case = make_case(
+        [*LENGTHS, PADDING],
+        dtype=dtype,
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=16,
+    ).on(device)
+    metadata = case.metadata
+    qkv = torch.randn(metadata.num_seqs, 10 * head_dim + 16, device=device).to(dtype)[:, :-16]
+    angles = torch.rand(32768, rot_dim // 2, device=device) * 6
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
+    weights = {
+        name: torch.randn(head_dim, device=device).to(dtype)
+        for name in ("q_norm_weight", "k_norm_weight")
+        if has_norm
+    }
+    options = {
+        "softmax_scale": case.softmax_scale,
+        "sliding_window": window,
+        "logit_softcap": 0.0,
+        "tiles": tiles_for(dtype, head_dim, merge_here=True),
+    }
+    decode_attention = kernels("decode_attention")
+    results = []
+    for is_fused in (False, True):
+        caches = [cache.clone() for cache in (case.k_cache, case.v_cache)]
+        out = torch.full((metadata.num_seqs, 6 * head_dim), 7.0, dtype=dtype, device=device)
+        if is_fused:
+            new = decode_attention.NewTokens(cos_sin, **weights)
+            heads = qkv.unflatten(1, (10, head_dim))
+            decode_attention.decode_attention(
+                heads, *caches, metadata, out, new_tokens=new, **options
+            )
+        else:
+            q = kernels("rope_write_kv").rope_write_kv(
+                qkv,
+                metadata,
+                cos_sin,
+                *caches,
+                num_q_heads=6,
+                num_kv_heads=2,
+                head_dim=head_dim,
+                **weights,
+            )
+            decode_attention.decode_attention(q, *caches, metadata, out, **options)
+        results.append([out, *caches])
+    for two, one in zip(*results, strict=True):
+        assert torch.equal(two.nan_to_num(9.0), one.nan_to_num(9.0))
+    assert not results[0][0].isnan().any()

@@ -57,6 +57,7 @@ from engine.kernels.attention_tiles import (
 )
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.rope_write_kv import rotated_heads
 from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 
 # Elements of partial sums that one round of a merge may hold in registers.
@@ -198,10 +199,22 @@ def _split_kernel(
     stride_cache_head,
     stride_table,
     stride_out,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_norm_weight_ptr,
+    k_norm_weight_ptr,
+    norm_eps,
+    norm_weight_offset,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_NEW_TOKENS: tl.constexpr,
+    HALF_ROT: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_NORM_OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -237,8 +250,47 @@ def _split_kernel(
         if WINDOW > 0:
             low = tl.maximum(seq_len - WINDOW, 0)
         heads = kv_head * GROUP + rows
-        q_ptrs = q_ptr + seq * stride_q_token + (heads * stride_q_head)[:, None]
-        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+        token_ptr = q_ptr + seq * stride_q_token
+        if HAS_NEW_TOKENS:
+            # Rows of the tile behind the query heads have room for the new key and value.
+            is_k = rows == GROUP
+            is_v = rows == GROUP + 1
+            slot = tl.load(slots_ptr + seq)
+            new_heads = num_q_heads + kv_head + tl.where(is_v, NUM_KV_HEADS, 0)
+            x = rotated_heads(
+                token_ptr,
+                cos_sin_ptr,
+                positions_ptr + seq,
+                q_norm_weight_ptr,
+                k_norm_weight_ptr,
+                norm_eps,
+                norm_weight_offset,
+                slot,
+                tl.where(is_row, heads, new_heads),
+                is_row,
+                is_k,
+                is_v,
+                HEAD_DIM,
+                HALF_ROT,
+                HAS_Q_NORM,
+                HAS_K_NORM,
+                HAS_NORM_OFFSET,
+                BLOCK_M,
+                BLOCK_D,
+            ).to(k_ptr.dtype.element_ty)
+            q = tl.where(is_row[:, None], x, 0.0)
+            if (end == seq_len) & (slot >= 0):
+                place = (slot // BLOCK_SIZE) * stride_cache_block
+                place += (slot % BLOCK_SIZE) * stride_cache_token + kv_head * stride_cache_head
+                new_ptrs = place + rows[:, None] * 0 + columns[None, :]
+                is_column = (columns < HEAD_DIM)[None, :]
+                tl.store(k_ptr + new_ptrs, x, mask=is_k[:, None] & is_column)
+                tl.store(v_ptr + new_ptrs, x, mask=is_v[:, None] & is_column)
+            # This program's own loads of the last tile come after every thread's stores.
+            tl.debug_barrier()
+        else:
+            q_ptrs = token_ptr + (heads * stride_q_head)[:, None]
+            q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
         positions = tl.zeros([BLOCK_M], tl.int32) + (seq_len - 1)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -370,6 +422,17 @@ def _merge_kernel(
             )
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What `rope_write_kv` takes besides qkv: see `reference.rope_write_kv`."""
+
+    cos_sin: torch.Tensor | None
+    q_norm_weight: torch.Tensor | None = None
+    k_norm_weight: torch.Tensor | None = None
+    norm_eps: float = 1e-6
+    norm_weight_offset: float = 0.0
+
+
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -382,11 +445,12 @@ def decode_attention(
     logit_softcap: float,
     tiles: DecodeTiles | None = None,
     tiles_of_prefixes: PrefixTiles | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> None:
     """Attention of the leading `metadata.num_decodes` sequences, or `device_counts[0]` of them.
 
     Args:
-        q: [num_decodes, Hq, D].
+        q: [num_decodes, Hq, D]; with `new_tokens` [num_decodes, Hq + 2 Hkv, D], not yet rotated.
         k_cache: [N, block_size, Hkv, D]; block_size a power of two.
         v_cache: Likewise, with the same strides.
         metadata: Layout of the batch.
@@ -397,9 +461,13 @@ def decode_attention(
         logit_softcap: Bound of the scores; 0 for none.
         tiles: Launch shape; default `decode_tiles`.
         tiles_of_prefixes: Launch shape for shared prefixes; default `prefix_tiles`.
+        new_tokens: Rotate q and k, and store k and v, as `rope_write_kv` does before.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
+    if new_tokens is not None:
+        assert metadata.shared_prefixes is None, "prefixes are read before new tokens are rotated"
+        num_q_heads -= 2 * num_kv_heads
     group = num_q_heads // num_kv_heads
     tiles = tiles or decode_tiles(q.dtype, head_dim)
     tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
@@ -419,6 +487,7 @@ def decode_attention(
         num_places * num_kv_heads,
         num_multiprocessors(q.device) * tiles.programs_per_processor,
     )
+    new = new_tokens or NewTokens(None)
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_g = triton.next_power_of_2(group)
     merge: dict[str, Any] = {
@@ -462,14 +531,26 @@ def decode_attention(
         k_cache.stride(2),
         metadata.block_table.stride(0),
         out.stride(0),
+        new.cos_sin,
+        metadata.positions,
+        metadata.slot_mapping,
+        new.q_norm_weight,
+        new.k_norm_weight,
+        new.norm_eps,
+        new.norm_weight_offset,
         **merge,
         BLOCK_SIZE=block_size,
+        HAS_NEW_TOKENS=new_tokens is not None,
+        HALF_ROT=0 if new.cos_sin is None else new.cos_sin.shape[-1],
+        HAS_Q_NORM=new.q_norm_weight is not None,
+        HAS_K_NORM=new.k_norm_weight is not None,
+        HAS_NORM_OFFSET=new.norm_weight_offset != 0.0,
         WINDOW=sliding_window or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
         HEADER=HEADER,
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
-        BLOCK_M=max(16, block_g),
+        BLOCK_M=max(16, triton.next_power_of_2(group + 2 if new_tokens else group)),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
