@@ -44,6 +44,7 @@ class SequenceTable:
         max_total_tokens: [S] int32, `num_tokens` at which the sequence ends.
         stop_ids: [S, K] int32, padded with -1. Replaced by a wider array when a sequence brings
             more than K ids, so read the attribute anew for each step.
+        num_stop_columns: Columns of `stop_ids` that any sequence so far has used.
         epoch: [S] int64, counts how often the row was freed: a result launched under another
             epoch belongs to a former owner.
         wants_tokens: [S] bool, the host looks at every token.
@@ -74,6 +75,7 @@ class SequenceTable:
         self.min_total_tokens: Int32Array = allocate((max_num_seqs,), np.int32)
         self.max_total_tokens: Int32Array = allocate((max_num_seqs,), np.int32)
         self.stop_ids: Int32Array = self._new_stop_ids(_INITIAL_STOP_IDS)
+        self.num_stop_columns = 0
         self.epoch: npt.NDArray[np.int64] = allocate((max_num_seqs,), np.int64)
         self.wants_tokens: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.wants_logprobs: BoolArray = allocate((max_num_seqs,), np.bool_)
@@ -150,6 +152,7 @@ class SequenceTable:
             wider = self._new_stop_ids(1 << (len(stop_ids) - 1).bit_length())
             wider[:, :width] = self.stop_ids
             self.stop_ids = wider
+        self.num_stop_columns = max(self.num_stop_columns, len(stop_ids))
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
 

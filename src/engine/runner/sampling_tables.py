@@ -163,15 +163,28 @@ class SamplingState:
         """Send changed rows to the device; nothing to do on a CPU."""
         if not self._is_cpu:
             self._upload(self.tables.settings, self.settings, self._changed_settings)
+        self._changed_settings.clear()
+        self.flush_lists()
+
+    def flush_lists(self) -> None:
+        """Send changed lists and counts, which few requests have, but not the settings."""
+        if not self._changed_sparse and not self._changed_counts:
+            return
+        if not self._is_cpu:
             if self.tables.sparse is not None and self.sparse is not None:
                 self._upload(self.tables.sparse, self.sparse, self._changed_sparse)
             for row, row_counts in self._changed_counts.items():
                 assert self.tables.counts is not None, "counts are allocated with the first penalty"
                 pinned = torch.from_numpy(row_counts).pin_memory()
                 self.tables.counts[row].copy_(pinned, non_blocking=True)
-        self._changed_settings.clear()
         self._changed_sparse.clear()
         self._changed_counts.clear()
+
+    def take_changed_settings(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """State indices [R] with new settings and their words [R, 16]; they count as sent."""
+        rows = np.fromiter(self._changed_settings, np.int32, len(self._changed_settings))
+        self._changed_settings.clear()
+        return rows, self.settings[rows]
 
     def _upload(
         self, table: torch.Tensor, host: npt.NDArray[np.int32], changed_rows: set[int]
