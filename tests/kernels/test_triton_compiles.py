@@ -102,6 +102,7 @@ def test_decode_keeps_two_tiles_in_flight(has_new_tokens: bool) -> None:
         "HEADER": decode_plan.HEADER,
         "ITEM": decode_plan.ITEM,
         "MERGE_HERE": True,
+        "USE_PDL": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
         "BLOCK_G": GROUP,
@@ -131,6 +132,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
         },
         "HEADER": decode_plan.HEADER,
         "ITEM": decode_plan.ITEM,
+        "USE_PDL": True,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }

@@ -52,6 +52,7 @@ import triton.language as tl
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
     attend_tiles,
+    follow_kernel_before,
     num_multiprocessors,
     score_factors,
 )
@@ -77,6 +78,7 @@ class DecodeTiles:
         max_splits: Most splits of a sequence, a power of two.
         merge_splits: Splits that one round of a merge reads.
         merge_here: Merge in the split kernel instead of a second one.
+        use_pdl: Programs start before the kernel before them ends, and wait for it.
     """
 
     block_n: int
@@ -87,6 +89,7 @@ class DecodeTiles:
     max_splits: int = 32
     merge_splits: int = 4
     merge_here: bool = False
+    use_pdl: bool = False
 
     @property
     def layout(self) -> SplitLayout:
@@ -221,12 +224,15 @@ def _split_kernel(
     HEADER: tl.constexpr,
     ITEM: tl.constexpr,
     MERGE_HERE: tl.constexpr,
+    USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    if USE_PDL:
+        follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
@@ -488,6 +494,7 @@ def decode_attention(
         num_multiprocessors(q.device) * tiles.programs_per_processor,
     )
     new = new_tokens or NewTokens(None)
+    use_pdl = tiles.use_pdl and q.is_cuda
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_g = triton.next_power_of_2(group)
     merge: dict[str, Any] = {
@@ -550,11 +557,13 @@ def decode_attention(
         HEADER=HEADER,
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
+        USE_PDL=use_pdl,
         BLOCK_M=max(16, triton.next_power_of_2(group + 2 if new_tokens else group)),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        launch_pdl=use_pdl,
     )
     if not tiles.merge_here:
         _merge_kernel[(num_seqs, num_kv_heads)](

@@ -39,7 +39,12 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.attention_tiles import KEY_ALIGNMENT, attend_tiles, num_multiprocessors
+from engine.kernels.attention_tiles import (
+    KEY_ALIGNMENT,
+    attend_tiles,
+    follow_kernel_before,
+    num_multiprocessors,
+)
 from engine.kernels.decode_plan import HEADER, ITEM, DecodePlan, PrefixLayout, SplitLayout
 from engine.kernels.metadata import AttentionMetadata
 
@@ -56,6 +61,7 @@ class PrefixTiles:
         programs_per_processor: Programs that share a multiprocessor.
         split: Keys per split, a multiple of 64 and of block_n.
         max_splits: Most splits of a prefix; leaves members at least one of their own.
+        use_pdl: Programs start before the kernel before them ends, and wait for it.
     """
 
     block_m: int
@@ -65,6 +71,7 @@ class PrefixTiles:
     programs_per_processor: int
     split: int = 512
     max_splits: int = 16
+    use_pdl: bool = False
 
     @property
     def layout(self) -> PrefixLayout:
@@ -108,10 +115,13 @@ def _prefix_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HEADER: tl.constexpr,
     ITEM: tl.constexpr,
+    USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if USE_PDL:
+        follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     columns = tl.arange(0, BLOCK_D)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
@@ -249,10 +259,12 @@ def attend_shared_prefixes(
         HAS_SOFTCAP=softcap != 0.0,
         HEADER=HEADER,
         ITEM=ITEM,
+        USE_PDL=tiles.use_pdl and q.is_cuda,
         BLOCK_M=tiles.block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        launch_pdl=tiles.use_pdl and q.is_cuda,
     )
