@@ -362,7 +362,10 @@ def test_every_key_is_planned_once(
         num_planned, rows = num_seqs // 2, torch.randperm(num_seqs + 3, generator=random)[:num_seqs]
         metadata.block_rows = rows
         metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
-    plan = decode_plan.plan_decode(metadata_on(metadata, device), num_seqs, 3, window, layout)
+    no_groups = decode_plan.PrefixLayout(64, layout)
+    plan = decode_plan.plan_decode(
+        metadata_on(metadata, device), num_seqs, 9, 3, window, layout, no_groups
+    )
     count = int(plan.items[0])
     items = plan.items[decode_plan.HEADER :].view(-1, decode_plan.ITEM)[:count].tolist()
     want, place = [], 0

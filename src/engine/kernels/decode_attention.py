@@ -52,14 +52,17 @@ import triton.language as tl
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
     attend_tiles,
+    follow_kernel_before,
     num_multiprocessors,
     score_factors,
 )
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.rope_write_kv import rotated_heads
+from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 
-# Elements of partial sums that one round of a merge holds in registers.
-_MERGE_ELEMENTS = 4096
+# Elements of partial sums that one round of a merge may hold in registers.
+_MAX_MERGE_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class DecodeTiles:
         programs_per_processor: Programs that share a multiprocessor.
         split: Keys per split, a multiple of 64 and of block_n.
         max_splits: Most splits of a sequence, a power of two.
+        merge_splits: Splits that one round of a merge reads.
         merge_here: Merge in the split kernel instead of a second one.
+        use_pdl: Programs start before the kernel before them ends, and wait for it.
     """
 
     block_n: int
@@ -82,7 +87,9 @@ class DecodeTiles:
     programs_per_processor: int
     split: int = 256
     max_splits: int = 32
+    merge_splits: int = 4
     merge_here: bool = False
+    use_pdl: bool = False
 
     @property
     def layout(self) -> SplitLayout:
@@ -136,7 +143,7 @@ def _merge_splits(
     highest = tl.where(is_member, tl.max(maxima, axis=0), 0.0)
     total = tl.sum(sums * tl.exp2(maxima - highest[None, :]), axis=0)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for base in range(0, num_splits, BLOCK_S):
+    for base in tl.range(0, num_splits, BLOCK_S, num_stages=1):
         part = base + tl.arange(0, BLOCK_S)
         is_part = part < num_splits
         places = first_place + part
@@ -161,6 +168,21 @@ def _merge_splits(
 
 
 @triton.jit
+def _load_item(items_ptr, index, HEADER: tl.constexpr, ITEM: tl.constexpr):
+    item_ptr = items_ptr + HEADER + index * ITEM
+    return (
+        tl.load(item_ptr),
+        tl.load(item_ptr + 1),
+        tl.load(item_ptr + 2),
+        tl.load(item_ptr + 3),
+        tl.load(item_ptr + 4),
+        tl.load(item_ptr + 5),
+        tl.load(item_ptr + 6),
+        tl.load(item_ptr + 7),
+    )
+
+
+@triton.jit
 def _split_kernel(
     q_ptr,
     k_ptr,
@@ -180,52 +202,108 @@ def _split_kernel(
     stride_cache_head,
     stride_table,
     stride_out,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_norm_weight_ptr,
+    k_norm_weight_ptr,
+    norm_eps,
+    norm_weight_offset,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_NEW_TOKENS: tl.constexpr,
+    HALF_ROT: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_NORM_OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     HEADER: tl.constexpr,
     ITEM: tl.constexpr,
     MERGE_HERE: tl.constexpr,
+    USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    if USE_PDL:
+        follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     is_row = rows < GROUP
     mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
+    # The numbers of an item are loaded while the one before it is computed; those of the first
+    # together with the length of the list, of whose room there is at least one item per program.
+    num_programs = tl.num_programs(0)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
-    for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        item_ptr = items_ptr + HEADER + work // NUM_KV_HEADS * ITEM
+    next_item = _load_item(items_ptr, tl.program_id(0) // NUM_KV_HEADS, HEADER, ITEM)
+    for work in range(tl.program_id(0), num_items, num_programs):
+        seq, table_row, start, end, first_place, split, splits, seq_len = next_item
+        next_work = tl.minimum(work + num_programs, num_items - 1)
+        next_item = _load_item(items_ptr, next_work // NUM_KV_HEADS, HEADER, ITEM)
         kv_head = work % NUM_KV_HEADS
-        seq = tl.load(item_ptr).to(tl.int64)
-        table_row = tl.load(item_ptr + 1).to(tl.int64)
-        start = tl.load(item_ptr + 2)
-        end = tl.load(item_ptr + 3)
-        first_place = tl.load(item_ptr + 4).to(tl.int64)
-        split = tl.load(item_ptr + 5)
-        num_splits = tl.load(item_ptr + 6)
-        seq_len = tl.load(item_ptr + 7)
+        seq = seq.to(tl.int64)
+        table_row = table_row.to(tl.int64)
+        first_place = first_place.to(tl.int64)
+        num_splits = splits % 256
         low = start
         if WINDOW > 0:
             low = tl.maximum(seq_len - WINDOW, 0)
         heads = kv_head * GROUP + rows
-        q_ptrs = q_ptr + seq * stride_q_token + (heads * stride_q_head)[:, None]
-        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+        token_ptr = q_ptr + seq * stride_q_token
+        if HAS_NEW_TOKENS:
+            # Rows of the tile behind the query heads have room for the new key and value.
+            is_k = rows == GROUP
+            is_v = rows == GROUP + 1
+            slot = tl.load(slots_ptr + seq)
+            new_heads = num_q_heads + kv_head + tl.where(is_v, NUM_KV_HEADS, 0)
+            x = rotated_heads(
+                token_ptr,
+                cos_sin_ptr,
+                positions_ptr + seq,
+                q_norm_weight_ptr,
+                k_norm_weight_ptr,
+                norm_eps,
+                norm_weight_offset,
+                slot,
+                tl.where(is_row, heads, new_heads),
+                is_row,
+                is_k,
+                is_v,
+                HEAD_DIM,
+                HALF_ROT,
+                HAS_Q_NORM,
+                HAS_K_NORM,
+                HAS_NORM_OFFSET,
+                BLOCK_M,
+                BLOCK_D,
+            ).to(k_ptr.dtype.element_ty)
+            q = tl.where(is_row[:, None], x, 0.0)
+            if (end == seq_len) & (slot >= 0):
+                place = (slot // BLOCK_SIZE) * stride_cache_block
+                place += (slot % BLOCK_SIZE) * stride_cache_token + kv_head * stride_cache_head
+                new_ptrs = place + rows[:, None] * 0 + columns[None, :]
+                is_column = (columns < HEAD_DIM)[None, :]
+                tl.store(k_ptr + new_ptrs, x, mask=is_k[:, None] & is_column)
+                tl.store(v_ptr + new_ptrs, x, mask=is_v[:, None] & is_column)
+            # This program's own loads of the last tile come after every thread's stores.
+            tl.debug_barrier()
+        else:
+            q_ptrs = token_ptr + (heads * stride_q_head)[:, None]
+            q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
         positions = tl.zeros([BLOCK_M], tl.int32) + (seq_len - 1)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         full_end = start
         if WINDOW == 0:
-            full_end = tl.maximum(end - end % BLOCK_N, start)
+            full_end = start + (end - start) // BLOCK_N * BLOCK_N
             acc, row_max, row_sum = attend_tiles(
                 acc,
                 row_max,
@@ -290,7 +368,8 @@ def _split_kernel(
             if MERGE_HERE:
                 arrival_ptr = arrivals_ptr + seq * NUM_KV_HEADS + kv_head
                 tl.debug_barrier()
-                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1:
+                num_before = num_splits - splits // 256 - 1
+                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
                     tl.store(arrival_ptr, 0)
                     _merge_splits(
                         partial_ptr,
@@ -349,6 +428,17 @@ def _merge_kernel(
             )
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What `rope_write_kv` takes besides qkv: see `reference.rope_write_kv`."""
+
+    cos_sin: torch.Tensor | None
+    q_norm_weight: torch.Tensor | None = None
+    k_norm_weight: torch.Tensor | None = None
+    norm_eps: float = 1e-6
+    norm_weight_offset: float = 0.0
+
+
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -360,11 +450,13 @@ def decode_attention(
     sliding_window: int | None,
     logit_softcap: float,
     tiles: DecodeTiles | None = None,
+    tiles_of_prefixes: PrefixTiles | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> None:
     """Attention of the leading `metadata.num_decodes` sequences, or `device_counts[0]` of them.
 
     Args:
-        q: [num_decodes, Hq, D].
+        q: [num_decodes, Hq, D]; with `new_tokens` [num_decodes, Hq + 2 Hkv, D], not yet rotated.
         k_cache: [N, block_size, Hkv, D]; block_size a power of two.
         v_cache: Likewise, with the same strides.
         metadata: Layout of the batch.
@@ -374,15 +466,22 @@ def decode_attention(
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
         tiles: Launch shape; default `decode_tiles`.
+        tiles_of_prefixes: Launch shape for shared prefixes; default `prefix_tiles`.
+        new_tokens: Rotate q and k, and store k and v, as `rope_write_kv` does before.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
+    if new_tokens is not None:
+        assert metadata.shared_prefixes is None, "prefixes are read before new tokens are rotated"
+        num_q_heads -= 2 * num_kv_heads
     group = num_q_heads // num_kv_heads
     tiles = tiles or decode_tiles(q.dtype, head_dim)
-    layout = tiles.layout
+    tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
+    layout, prefix_layout = tiles.layout, tiles_of_prefixes.layout
+    heads = (num_q_heads, num_kv_heads)
     plan = metadata.once_per_step(
-        ("decode plan", sliding_window, num_kv_heads, num_seqs, layout),
-        lambda: plan_decode(metadata, num_seqs, num_kv_heads, sliding_window, layout),
+        ("decode plan", sliding_window, heads, num_seqs, layout, prefix_layout),
+        lambda: plan_decode(metadata, num_seqs, *heads, sliding_window, layout, prefix_layout),
     )
     num_places = num_seqs * layout.max_splits
     partial, stats = (
@@ -394,6 +493,8 @@ def decode_attention(
         num_places * num_kv_heads,
         num_multiprocessors(q.device) * tiles.programs_per_processor,
     )
+    new = new_tokens or NewTokens(None)
+    use_pdl = tiles.use_pdl and q.is_cuda
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_g = triton.next_power_of_2(group)
     merge: dict[str, Any] = {
@@ -403,8 +504,21 @@ def decode_attention(
         "MAX_SPLITS": layout.max_splits,
         "BLOCK_G": block_g,
         "BLOCK_D": block_d,
-        "BLOCK_S": min(8, max(1, _MERGE_ELEMENTS // (block_g * block_d))),
+        "BLOCK_S": min(tiles.merge_splits, max(1, _MAX_MERGE_ELEMENTS // (block_g * block_d))),
     }
+    if plan.prefix_items is not None:
+        attend_shared_prefixes(
+            q,
+            k_cache,
+            v_cache,
+            metadata,
+            plan,
+            partial,
+            stats,
+            score_scale,
+            softcap,
+            tiles_of_prefixes,
+        )
     _split_kernel[(num_programs,)](
         q,
         k_cache,
@@ -424,18 +538,32 @@ def decode_attention(
         k_cache.stride(2),
         metadata.block_table.stride(0),
         out.stride(0),
+        new.cos_sin,
+        metadata.positions,
+        metadata.slot_mapping,
+        new.q_norm_weight,
+        new.k_norm_weight,
+        new.norm_eps,
+        new.norm_weight_offset,
         **merge,
         BLOCK_SIZE=block_size,
+        HAS_NEW_TOKENS=new_tokens is not None,
+        HALF_ROT=0 if new.cos_sin is None else new.cos_sin.shape[-1],
+        HAS_Q_NORM=new.q_norm_weight is not None,
+        HAS_K_NORM=new.k_norm_weight is not None,
+        HAS_NORM_OFFSET=new.norm_weight_offset != 0.0,
         WINDOW=sliding_window or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
         HEADER=HEADER,
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
-        BLOCK_M=max(16, block_g),
+        USE_PDL=use_pdl,
+        BLOCK_M=max(16, triton.next_power_of_2(group + 2 if new_tokens else group)),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        launch_pdl=use_pdl,
     )
     if not tiles.merge_here:
         _merge_kernel[(num_seqs, num_kv_heads)](
