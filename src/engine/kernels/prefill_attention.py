@@ -62,6 +62,7 @@ from engine.kernels.attention_tiles import (
     score_factors,
 )
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_hopper import can_attend, prefill_on_hopper
 
 # Programs of a captured step, per multiprocessor. One is resident at a time; several share out the
 # work as they finish.
@@ -450,8 +451,12 @@ def prefill_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
-        tiles: Launch shape; default `prefill_tiles`.
+        tiles: Launch shape of this file's kernel; default: `prefill_hopper` where it serves the
+            layer, else `prefill_tiles`.
     """
+    if tiles is None and can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
+        prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+        return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
