@@ -231,6 +231,53 @@ def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) 
     assert (got[54:] == 0).all()
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not run Gluon")
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "num_q_heads", "num_kv_heads"),
+    [
+        *((64, block_size, 9, 3) for block_size in (16, 64, 128)),
+        *((128, block_size, 8, 2) for block_size in (32, 64, 256)),
+        *((128, 64, *heads) for heads in ((2, 2), (16, 8), (10, 2), (128, 1))),
+    ],
+)
+@pytest.mark.parametrize("is_hopper", [True, False])
+def test_prefill_of_either_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    is_hopper: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ends at, before and after tiles of 64 and 128 keys; the last values of a block are NaN."""
+    prefill = kernels("prefill_attention")
+    if is_hopper and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper GPU")
+    calls = []
+    if is_hopper:
+        run = prefill.prefill_on_hopper
+        monkeypatch.setattr(
+            prefill, "prefill_on_hopper", lambda *a, **kw: (calls.append(1), run(*a, **kw))
+        )
+    else:
+        monkeypatch.setattr(prefill, "can_attend", lambda *_: False)
+    seqs = [(300, 1), (0, 127), (0, 128), (0, 129), (64, 64), (1, 2), (63, 2), (500, 140)]
+    case = make_case(
+        seqs,
+        dtype=dtype,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        is_strided=True,
+    )
+    check_attention(case, device)
+    assert bool(calls) == is_hopper
+
+
 def captured_prefill(case: AttentionCase, device: torch.device) -> AttentionCase:
     """The batch as a captured step has it: padded, counts on the device, rows of a wider table.
 

@@ -62,6 +62,7 @@ from engine.kernels.attention_tiles import (
     score_factors,
 )
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_hopper import can_attend, prefill_on_hopper
 
 # Programs of a captured step, per multiprocessor. One is resident at a time; several share out the
 # work as they finish.
@@ -223,6 +224,89 @@ def _attend_causally(
     return acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
 
 
+@triton.jit
+def _prefill_item(
+    item,
+    num_decodes,
+    num_prefills,
+    num_tiles,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    block_rows_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    out_ptr,
+    score_scale,
+    softcap,
+    stride_q_token,
+    stride_q_head,
+    stride_cache_block,
+    stride_cache_token,
+    stride_cache_head,
+    stride_table,
+    stride_out,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_BLOCK_ROWS: tl.constexpr,
+    KEY_ALIGNMENT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of one (tile, KV head), or nothing where the tile is past its sequence's end."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    tile = num_tiles - 1 - item // NUM_KV_HEADS
+    kv_head = item % NUM_KV_HEADS
+    prefill = _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q)
+    seq = (num_decodes + prefill).to(tl.int64)
+    first_row = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - first_row
+    first_query = (tile - (first_row - num_decodes) // BLOCK_Q - prefill) * BLOCK_Q
+    if first_query < query_len:
+        seq_len = tl.load(seq_lens_ptr + seq)
+        table_row = seq
+        if HAS_BLOCK_ROWS:
+            table_row = tl.load(block_rows_ptr + seq)
+        queries = first_query + rows // GROUP
+        heads = kv_head * GROUP + rows % GROUP
+        is_row = (rows < BLOCK_Q * GROUP) & (queries < query_len)
+        mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
+        tokens = (first_row + queries).to(tl.int64)
+        q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
+        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+        mixed = _attend_causally(
+            q,
+            seq_len - query_len + queries,
+            seq_len - query_len + first_query,
+            tl.minimum(seq_len - query_len + first_query + BLOCK_Q, seq_len),
+            k_ptr + kv_head * stride_cache_head,
+            v_ptr + kv_head * stride_cache_head,
+            block_table_ptr + table_row * stride_table,
+            score_scale,
+            softcap,
+            stride_cache_block,
+            stride_cache_token,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_SIZE=BLOCK_SIZE,
+            WINDOW=WINDOW,
+            HAS_SOFTCAP=HAS_SOFTCAP,
+            KEY_ALIGNMENT=KEY_ALIGNMENT,
+            BLOCK_M=BLOCK_M,
+            BLOCK_D=BLOCK_D,
+            BLOCK_N=BLOCK_N,
+        )
+        out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
+        tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs"])
 def _prefill_kernel(
     q_ptr,
@@ -265,51 +349,83 @@ def _prefill_kernel(
     num_prefills = num_seqs - num_decodes
     num_tokens = tl.load(query_start_loc_ptr + num_seqs) - num_decodes
     num_tiles = tl.where(num_prefills > 0, num_tokens // BLOCK_Q + num_prefills, 0)
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    for item in range(tl.program_id(0), num_tiles * NUM_KV_HEADS, tl.num_programs(0)):
-        tile = num_tiles - 1 - item // NUM_KV_HEADS
-        kv_head = item % NUM_KV_HEADS
-        prefill = _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q)
-        seq = (num_decodes + prefill).to(tl.int64)
-        first_row = tl.load(query_start_loc_ptr + seq)
-        query_len = tl.load(query_start_loc_ptr + seq + 1) - first_row
-        first_query = (tile - (first_row - num_decodes) // BLOCK_Q - prefill) * BLOCK_Q
-        if first_query < query_len:
-            seq_len = tl.load(seq_lens_ptr + seq)
-            table_row = seq
-            if HAS_BLOCK_ROWS:
-                table_row = tl.load(block_rows_ptr + seq)
-            queries = first_query + rows // GROUP
-            heads = kv_head * GROUP + rows % GROUP
-            is_row = (rows < BLOCK_Q * GROUP) & (queries < query_len)
-            mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
-            tokens = (first_row + queries).to(tl.int64)
-            q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
-            q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
-            mixed = _attend_causally(
-                q,
-                seq_len - query_len + queries,
-                seq_len - query_len + first_query,
-                tl.minimum(seq_len - query_len + first_query + BLOCK_Q, seq_len),
-                k_ptr + kv_head * stride_cache_head,
-                v_ptr + kv_head * stride_cache_head,
-                block_table_ptr + table_row * stride_table,
+    program = tl.program_id(0)
+    num_items = num_tiles * NUM_KV_HEADS
+    # A loop costs registers, at head_dim 64 enough of them to halve the resident programs: 317
+    # instead of 406 TFLOP/s. Eager launches have a program for every item and go without.
+    if HAS_COUNTS:
+        for item in range(program, num_items, tl.num_programs(0)):
+            _prefill_item(
+                item,
+                num_decodes,
+                num_prefills,
+                num_tiles,
+                q_ptr,
+                k_ptr,
+                v_ptr,
+                block_table_ptr,
+                block_rows_ptr,
+                seq_lens_ptr,
+                query_start_loc_ptr,
+                out_ptr,
                 score_scale,
                 softcap,
+                stride_q_token,
+                stride_q_head,
                 stride_cache_block,
                 stride_cache_token,
+                stride_cache_head,
+                stride_table,
+                stride_out,
+                NUM_KV_HEADS=NUM_KV_HEADS,
+                GROUP=GROUP,
                 HEAD_DIM=HEAD_DIM,
                 BLOCK_SIZE=BLOCK_SIZE,
                 WINDOW=WINDOW,
                 HAS_SOFTCAP=HAS_SOFTCAP,
+                HAS_BLOCK_ROWS=HAS_BLOCK_ROWS,
                 KEY_ALIGNMENT=KEY_ALIGNMENT,
+                BLOCK_Q=BLOCK_Q,
                 BLOCK_M=BLOCK_M,
                 BLOCK_D=BLOCK_D,
                 BLOCK_N=BLOCK_N,
             )
-            out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
-            tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    elif program < num_items:
+        _prefill_item(
+            program,
+            num_decodes,
+            num_prefills,
+            num_tiles,
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            block_table_ptr,
+            block_rows_ptr,
+            seq_lens_ptr,
+            query_start_loc_ptr,
+            out_ptr,
+            score_scale,
+            softcap,
+            stride_q_token,
+            stride_q_head,
+            stride_cache_block,
+            stride_cache_token,
+            stride_cache_head,
+            stride_table,
+            stride_out,
+            NUM_KV_HEADS=NUM_KV_HEADS,
+            GROUP=GROUP,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_SIZE=BLOCK_SIZE,
+            WINDOW=WINDOW,
+            HAS_SOFTCAP=HAS_SOFTCAP,
+            HAS_BLOCK_ROWS=HAS_BLOCK_ROWS,
+            KEY_ALIGNMENT=KEY_ALIGNMENT,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_M=BLOCK_M,
+            BLOCK_D=BLOCK_D,
+            BLOCK_N=BLOCK_N,
+        )
 
 
 def prefill_attention(
@@ -335,8 +451,12 @@ def prefill_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
-        tiles: Launch shape; default `prefill_tiles`.
+        tiles: Launch shape of this file's kernel; default: `prefill_hopper` where it serves the
+            layer, else `prefill_tiles`.
     """
+    if tiles is None and can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
+        prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+        return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
