@@ -41,7 +41,7 @@ _HELLO_TIMEOUT_S = 60.0
 _READY_TIMEOUT_S = 3600.0
 """For loading the model, from a slow network drive if need be."""
 
-_MILESTONES = {"started": "started", "hello": "ready to import torch", "ready": "ready"}
+_MILESTONES = {"started": "started", "hello": "up", "ready": "ready"}
 _STATS_TIMEOUT_S = 1.0
 _SEND_BUFFER_BYTES = 1 << 22
 
@@ -79,7 +79,7 @@ class RemoteHost:
         self._stats: EngineStats | None = None
         self._is_over = False
         self._reader = threading.Thread(
-            target=self._run, args=(config, childs_sock), name=f"engine-{config.model}", daemon=True
+            target=self._run, args=(childs_sock,), name=f"engine-{config.model}", daemon=True
         )
         self._reader.start()
         try:
@@ -191,10 +191,8 @@ class RemoteHost:
         """See `EngineHost`. A child that does not end by itself is killed."""
         if self._is_forked():
             return False
-        with self._accept_lock:
-            if self._refusal is None:
-                msg = f"Engine {self._name!r} is closed. Make a new one to submit requests."
-                self._refusal = EngineClosedError(msg)
+        msg = f"Engine {self._name!r} is closed. Make a new one to submit requests."
+        self._refuse(EngineClosedError(msg))
         if threading.current_thread() is self._reader:
             # The last reference went away in here; the child ends, and then this thread.
             self._hang_up()
@@ -229,9 +227,9 @@ class RemoteHost:
 
     # ---------------------------------------------------------------- the reader thread
 
-    def _run(self, config: EngineConfig, childs_sock: socket.socket) -> None:
+    def _run(self, childs_sock: socket.socket) -> None:
         try:
-            child = self._child = Child(config, childs_sock)
+            child = self._child = Child(childs_sock)
         except Exception as error:
             self._milestones.put(("failed", error))
             self._end(EngineDeadError(str(error)))
@@ -275,9 +273,11 @@ class RemoteHost:
             del self._open[number]
             del self._number_of[request]
         whole = None if output is None else decode_output(request, output)
-        return sink.publish(
-            decode_deltas(deltas, whole), whole, None if error is None else decode_error(error)
-        )
+        cause = None if error is None else decode_error(error)
+        if isinstance(cause, EngineDeadError):
+            # Nobody who hears of it may find the engine alive a moment later.
+            self._refuse(cause)
+        return sink.publish(decode_deltas(deltas, whole), whole, cause)
 
     def _take_stats(self, question: int, stats: EngineStats) -> None:
         with self._answers:
@@ -290,16 +290,18 @@ class RemoteHost:
         if error is None:
             return
         dead = decode_error(error)
-        assert isinstance(dead, EngineError), "a loop ends with an EngineDeadError"
+        assert isinstance(dead, EngineDeadError), "so a loop ends"
+        self._refuse(dead)
+
+    def _refuse(self, reason: EngineError) -> None:
+        """Accept nothing more, for this reason unless there was one before."""
         with self._accept_lock:
             if self._refusal is None:
-                self._refusal = dead
+                self._refusal = reason
 
     def _end(self, error: EngineError) -> None:
         """Refuse new requests, and answer all that are still waiting."""
-        with self._accept_lock:
-            if self._refusal is None:
-                self._refusal = error
+        self._refuse(error)
         self._sock.close()
         wakeups: Wakeups = []
         waiting = list(self._open.values())
