@@ -352,9 +352,10 @@ def test_no_orphan_when_the_parent_is_killed(tiny_llama: Path, how: str) -> None
 def test_ctrl_c_reaches_the_parent_alone(tiny_llama: Path) -> None:
     """SIGINT to the whole process group, as a terminal sends it."""
     code = """
-    import sys
+    import os, sys
     from engine import Engine, SamplingParams
     with Engine(sys.argv[1], device="cpu", num_threads=1, placement="process") as engine:
+        assert os.getpgid(engine._host._child.pid) != os.getpgid(0)
         params = SamplingParams(max_tokens=400, ignore_eos=True)
         try:
             print("ready", flush=True)
@@ -410,6 +411,9 @@ def test_an_engine_nobody_holds_ends_its_child(make_engine: Callable[..., Engine
     engine = make_engine()
     pid = child_pid(engine)
     engine.generate("in", SHORT)
+    started_s = time.monotonic()
     del engine
     gc.collect()
     assert eventually(lambda: not is_running(pid))
+    # It ended by itself: it is killed only after 10 s.
+    assert time.monotonic() - started_s < 5
