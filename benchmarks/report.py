@@ -4,8 +4,8 @@
     python benchmarks/report.py --publish FILE      take over rows for the documents, then --docs
     python benchmarks/report.py --docs              rewrite the tables in docs/PERFORMANCE.md
 
-Published rows lie in `benchmarks/published.jsonl`, the newest of each figure. A table stands between
-`<!-- rows: NAME -->` and `<!-- end -->`; what is between them is never written by hand.
+Published rows lie in `benchmarks/published.jsonl`, the newest of each figure. A table stands
+between `<!-- rows: NAME -->` and `<!-- end -->`; what is there is never written by hand.
 """
 
 from __future__ import annotations

@@ -14,7 +14,18 @@ from typing import Any
 
 Row = dict[str, Any]
 
-REQUIRED = ("commit", "gpu", "driver", "torch", "triton", "dtype", "section", "name", "value", "unit")
+REQUIRED = (
+    "commit",
+    "gpu",
+    "driver",
+    "torch",
+    "triton",
+    "dtype",
+    "section",
+    "name",
+    "value",
+    "unit",
+)
 _SAME_MEASUREMENT = ("commit", "gpu", "torch", "triton", "is_quick")
 
 

@@ -6,9 +6,9 @@
     python benchmarks/run.py --quick --device cpu             prove the harness within a minute
 
 Sections on a GPU: table (the five workloads and the start), busy (beside spinning Python threads),
-latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running sequences,
-context), memory, kernels. On a CPU: cpu (side by side with transformers), callers (what the
-caller's side costs per request).
+latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
+sequences, context), memory, kernels. On a CPU: cpu (side by side with transformers), callers (what
+the caller's side costs per request).
 
 Every figure is a row, appended to `bench-results/rows.jsonl` the moment it is known. Each job is a
 process of its own with a time budget; a job over its budget is killed, its rows stay. At the end

@@ -103,9 +103,7 @@ def random_requests(count: int, length: int, new_tokens: int, vocab: int) -> Req
     requests = []
     for index in range(count):
         rng = random.Random(index)
-        requests.append(
-            ([rng.randrange(10, min(vocab, 45000)) for _ in range(length)], new_tokens)
-        )
+        requests.append(([rng.randrange(10, min(vocab, 45000)) for _ in range(length)], new_tokens))
     return requests
 
 
