@@ -47,7 +47,7 @@ _WHITE_SPACE = re.compile(r"\s+")
 _CHARS_PER_THREAD = 32_768
 """A thread costs about 0.1 ms to start, this much text about 3 ms to encode."""
 
-_MAX_THREADS = 8
+_MAX_THREADS = min(8, os.cpu_count() or 1)
 """More cores belong to the application."""
 
 
@@ -152,9 +152,7 @@ class TiktokenEncoder:
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
         """Ids of each piece, on as many threads as there is work for."""
         num_chars = sum(map(len, pieces))
-        num_threads = min(
-            num_chars // _CHARS_PER_THREAD, len(pieces), os.cpu_count() or 1, _MAX_THREADS
-        )
+        num_threads = min(num_chars // _CHARS_PER_THREAD, len(pieces), _MAX_THREADS)
         if num_threads < 2:
             return self._encode_joined(pieces)
         groups = _equal_groups(pieces, num_threads, num_chars)
