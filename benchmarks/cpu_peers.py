@@ -1,41 +1,18 @@
-"""CPU benchmark on the demo model, side by side with transformers in one run.
+"""What is measured side by side on a CPU: this engine and transformers, on the demo model.
 
-    python benchmarks/run.py [--peers ours transformers transformers-cb] [--quick] [--busy]
-
-Each peer runs in a process of its own, one after the other, on an otherwise quiet machine (the rows
-record the load average). Prompts are random token ids, decoding is greedy, end-of-sequence is
-ignored, so that every peer generates the same number of tokens. Rates count wanted tokens over
-wall time, prefill included.
-
-* decode: one request, 32 tokens in, 128 out; tokens per second after the first
-* ttft: one request, 1024 tokens in; seconds to the first token
-* w16, w64: 16 or 64 requests, 32-256 in, 16-128 out. Static batches are left-padded groups of 16,
-  each run to its longest.
-* load: process start to first token; peak_rss_mib: after w16
-* import: `import engine`, `import llm_connectors`, `import transformers`, best of five
+Prompts are random token ids, decoding is greedy, end-of-sequence is ignored, so that every peer
+generates the same number of tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import random
-import resource
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from environment import print_table, write_rows
-
-VOCAB = 49152
-Requests = list[tuple[list[int], int]]
-
-# Foundation goals as ratios to the transformers figures of the same run.
-PEERS = ("ours", "transformers", "transformers-cb")
+from plan import Requests
 
 
 def make_requests(count: int, seed: int) -> Requests:
@@ -155,94 +132,9 @@ class TransformersContinuous:
         return time.perf_counter() - started_s
 
 
-def measure(name: str, quick: bool, started_s: float) -> dict[str, Any]:
-    """All figures of one peer; runs in a process of its own."""
-    peer: Peer = {
-        "ours": Ours,
-        "transformers": TransformersStatic,
-        "transformers-cb": TransformersContinuous,
-    }[name]()
-    peer.run(make_single(8, 1))
-    found: dict[str, Any] = {"peer": name, "load_s": time.time() - started_s}
-    repeats = 1 if quick else 3
-
-    def median_s(requests: Requests) -> float:
-        peer.run(requests[:1] if len(requests) == 1 else make_requests(4, 9))
-        return statistics.median(peer.run(requests) for _ in range(repeats))
-
-    if name != "transformers-cb":
-        prefill_s = median_s(make_single(32, 1))
-        decode_s = median_s(make_single(32, 129)) - prefill_s
-        found["decode_tok_s"] = 128 / decode_s
-        found["ttft_1024_s"] = median_s(make_single(1024, 1))
-    requests = make_requests(16, 16)
-    found["w16_tok_s"] = sum(count for _, count in requests) / median_s(requests)
-    found["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if not quick:
-        requests = make_requests(64, 64)
-        found["w64_tok_s"] = sum(count for _, count in requests) / peer.run(requests)
-    return found
-
-
-def import_seconds(module: str) -> float:
-    """Time to import a module in a fresh interpreter, best of five."""
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    return min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-        for _ in range(5)
-    )
-
-
-def run_in_process(name: str, quick: bool, busy: bool) -> dict[str, Any]:
-    """Measure one peer in a fresh process, optionally beside one that only burns CPU time."""
-    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-    try:
-        command = [sys.executable, __file__, "--measure", name, "--started", repr(time.time())]
-        output = subprocess.run(
-            command + (["--quick"] if quick else []), capture_output=True, text=True, check=False
-        )
-    finally:
-        if spinner is not None:
-            spinner.kill()
-            spinner.wait()
-    if output.returncode != 0:
-        print(output.stderr, file=sys.stderr)
-        return {"peer": name, "error": output.stderr.strip().splitlines()[-1]}
-    row: dict[str, Any] = json.loads(output.stdout.strip().splitlines()[-1])
-    return {**row, "busy_neighbour": busy}
-
-
-def main() -> None:
-    """Measure the peers one after the other and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--quick", action="store_true", help="one repeat, without w64")
-    parser.add_argument("--busy", action="store_true", help="beside one busy process")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure, options.quick, options.started)))
-        return
-    rows = [run_in_process(name, options.quick, options.busy) for name in options.peers]
-    imports: list[dict[str, Any]] = [
-        {"module": module, "import_s": import_seconds(module), "unit": "s"}
-        for module in ("engine", "llm_connectors", "transformers")
-    ]
-    path = write_rows("cpu", rows + imports)
-    columns = ["decode_tok_s", "ttft_1024_s", "w16_tok_s", "w64_tok_s", "load_s", "peak_rss_mib"]
-    print_table(
-        ["peer", *columns],
-        [
-            [row["peer"], *(f"{row[name]:.2f}" if name in row else "-" for name in columns)]
-            for row in rows
-        ],
-    )
-    print_table(
-        ["import", "seconds"], [[row["module"], f"{row['import_s']:.3f}"] for row in imports]
-    )
-    print(f"rows: {path}")
-
-
-if __name__ == "__main__":
-    main()
+PEERS: dict[str, type[Peer]] = {
+    "ours": Ours,
+    "transformers": TransformersStatic,
+    "transformers-cb": TransformersContinuous,
+}
+"""By the name in rows. The continuous one takes its options per call: no single figures."""

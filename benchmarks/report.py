@@ -165,6 +165,28 @@ def growth(rows: list[Row]) -> str:
     return markdown(["figure", "running sequences, or tokens of context", *names], lines)
 
 
+def cpu(rows: list[Row]) -> str:
+    """This engine beside its peers, quiet and with a busy neighbour."""
+    found = [row for row in latest(rows, "cpu").values() if "figure" in row]
+    by_line: dict[tuple[bool, str], dict[str, float]] = {}
+    for row in found:
+        line = by_line.setdefault((row["busy_neighbour"], row["figure"]), {})
+        line[row["peer"]] = row["value"]
+    peers = list(dict.fromkeys(row["peer"] for row in found))
+    lines = []
+    for (is_busy, figure), values in sorted(by_line.items()):
+        ours, theirs = values.get("ours"), values.get("transformers")
+        ratio = f"{ours / theirs:.2f}" if ours and theirs else None
+        shown = [f"{values[peer]:.4g}" if peer in values else None for peer in peers]
+        lines.append([figure, "yes" if is_busy else None, *shown, ratio])
+    imports = [row for row in latest(rows, "cpu").values() if "module" in row]
+    text = markdown(["figure", "busy neighbour", *peers, "ours / transformers"], lines)
+    if imports:
+        taken = ", ".join(f"`{row['module']}` {row['value']:.3f} s" for row in imports)
+        text += f"\nImport: {taken}.\n"
+    return text
+
+
 def simple(section: str) -> Callable[[list[Row]], str]:
     """Name, value and unit of every row of a section."""
 
@@ -186,7 +208,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "growth": growth,
     "memory": simple("memory"),
     "callers": simple("callers"),
-    "cpu": simple("cpu"),
+    "cpu": cpu,
 }
 
 
