@@ -159,3 +159,28 @@ def test_linear() -> None:
     torch.testing.assert_close(
         reference.batch_invariant_linear(x, weight, bias), F.linear(x, weight, bias)
     )
+
+
+def test_products_of_few_rows_are_what_they_replace() -> None:
+    """Embedding, norm, products and activation of a small feed-forward half, in float64."""
+    embedding, norm_weight = torch.randn(11, 8).double(), torch.randn(8).double()
+    up, down, bias = (
+        torch.randn(12, 8).double(),
+        torch.randn(8, 6).double(),
+        torch.randn(8).double(),
+    )
+    ids, scale = torch.tensor([3, 10, 3]), torch.tensor(2.5).double()
+    hidden, squares = reference.embed_rows(ids, embedding, scale)
+    assert torch.equal(hidden, F.embedding(ids, embedding) * scale)
+    x = F.rms_norm(hidden, (8,), norm_weight, 1e-5)
+    close = {"rtol": 1e-6, "atol": 1e-6}  # `squares` are float32
+    for activation, want in ((None, x @ up.T), ("silu", F.silu(x @ up[:6].T) * (x @ up[6:].T))):
+        got = reference.normed_linear(
+            hidden, squares, norm_weight, up, eps=1e-5, activation=activation
+        )
+        torch.testing.assert_close(got, want, **close)
+    want = hidden + F.linear(got, down, bias)
+    squares = reference.add_linear(got, down, hidden, bias)
+    torch.testing.assert_close(hidden, want)
+    torch.testing.assert_close(squares[:, 0].double(), want.pow(2).sum(-1), **close)
+    torch.testing.assert_close(reference.few_row_linear(x, up), F.linear(x, up))

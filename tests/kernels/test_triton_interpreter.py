@@ -1,4 +1,4 @@
-"""Runs `test_triton_kernels.py` in Triton's interpreter, where there is no GPU to run it on."""
+"""Runs the tests of the Triton kernels in Triton's interpreter, for where there is no GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-# Cases of `test_triton_kernels.py` in the interpreter: fewer means that some were lost.
-MIN_PASSED = 40
+# Cases of each file in the interpreter: fewer means that some were lost.
+MIN_PASSED = {"test_triton_kernels.py": 40, "test_triton_few_rows.py": 45}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", MIN_PASSED)
+def test_kernels_in_the_interpreter(file: str) -> None:
     root = Path(__file__).parents[2]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", f"tests/kernels/{file}"],
         cwd=root,
         env={
             **os.environ,
@@ -34,4 +35,4 @@ def test_kernels_in_the_interpreter() -> None:
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
     passed = re.search(r"(\d+) passed", finished.stdout)
     assert passed is not None
-    assert int(passed.group(1)) >= MIN_PASSED
+    assert int(passed.group(1)) >= MIN_PASSED[file]

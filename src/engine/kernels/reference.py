@@ -213,6 +213,102 @@ def batch_invariant_linear(
     return wide.to(x.dtype)
 
 
+def few_row_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, made for few rows.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        bias: [N].
+
+    Returns:
+        New [T, N].
+    """
+    return batch_invariant_linear(x, weight, bias)
+
+
+def normed_linear(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`rms_norm(hidden) @ weight.T + bias`, with an activation then `act_mul` of it.
+
+    Args:
+        hidden: [T, K].
+        squares: [T, P] float32, parts of each row's sum of squares, as `add_linear` returns them.
+        norm_weight: [K].
+        weight: [N, K]; with an activation [2 N, K], gate above up.
+        bias: [N] or [2 N].
+        eps: As in `rms_norm`.
+        weight_offset: As in `rms_norm`.
+        activation: As in `act_mul`; None for the plain product.
+
+    Returns:
+        New [T, N].
+
+    Raises:
+        ConfigError: Unknown activation.
+    """
+    wide = _wide(hidden)
+    mean = squares.to(wide.dtype).sum(-1, keepdim=True) / hidden.shape[-1]
+    normed = wide * torch.rsqrt(mean + eps)
+    if weight_offset:
+        x = (normed * (weight_offset + norm_weight.to(wide.dtype))).to(hidden.dtype)
+    else:
+        x = (norm_weight * normed.to(hidden.dtype)).to(hidden.dtype)
+    y = few_row_linear(x, weight, bias)
+    return y if activation is None else act_mul(y, activation)
+
+
+def add_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`hidden += x @ weight.T + bias`, both rounded, and what the next norm divides by.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        hidden: [T, N], written in place.
+        bias: [N].
+
+    Returns:
+        New [T, P] float32: parts of the new rows' sums of squares, P of the kernel's choice.
+    """
+    hidden += few_row_linear(x, weight, bias)
+    return _wide(hidden).pow(2).sum(-1, keepdim=True).float()
+
+
+def embed_rows(
+    input_ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight[input_ids] * scale`, and its rows' sums of squares for `normed_linear`.
+
+    Args:
+        input_ids: [T] int64.
+        weight: [V, H].
+        scale: [] in weight's dtype.
+
+    Returns:
+        (new [T, H], new [T, 1] float32).
+    """
+    hidden = weight[input_ids]
+    if scale is not None:
+        hidden = hidden * scale
+    return hidden, _wide(hidden).pow(2).sum(-1, keepdim=True).float()
+
+
 def gather_kv(cache: torch.Tensor, block_ids: torch.Tensor, seq_len: int) -> torch.Tensor:
     """The first `seq_len` tokens of one sequence, [seq_len, Hkv, D], copied out of its blocks."""
     num_blocks = -(-seq_len // cache.shape[1])

@@ -112,7 +112,35 @@ class Attention:
             v_cache: Likewise.
             metadata: Layout of the batch.
         """
-        qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
+        return self.o_proj(self.mix(self.qkv_proj(x), cos_sin, k_cache, v_cache, metadata))
+
+    def fused(
+        self,
+        hidden: torch.Tensor,
+        squares: torch.Tensor,
+        norm: RMSNorm,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`hidden += attention(norm(hidden))` in place; returns the new `squares`.
+
+        `hidden` and `squares` as in `Linear.of_normed`, the rest as in the call.
+        """
+        qkv = self.qkv_proj.of_normed(hidden, squares, norm)
+        mixed = self.mix(qkv, cos_sin, k_cache, v_cache, metadata)
+        return self.o_proj.add_to(hidden, mixed)
+
+    def mix(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What the output projection takes, new [T, Hq D], from qkv [T, (Hq + 2 Hkv) D]."""
         q = dispatch.rope_write_kv(
             qkv,
             metadata,
@@ -127,7 +155,7 @@ class Attention:
             norm_eps=self.norm_eps,
             norm_weight_offset=self.norm_offset,
         )  # [T, Hq, D]
-        mixed = dispatch.paged_attention(
+        return dispatch.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -136,4 +164,3 @@ class Attention:
             sliding_window=self.sliding_window,
             logit_softcap=self.logit_softcap,
         )  # [T, Hq D]
-        return self.o_proj(mixed)

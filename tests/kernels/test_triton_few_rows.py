@@ -1,0 +1,177 @@
+"""The Triton kernels for few rows against their float64 twins; see `test_triton_kernels.py`."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import TOLERANCE
+
+from engine.errors import ConfigError
+from engine.kernels import reference
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
+
+pytestmark = [
+    # sigmoid of large negative numbers: exp gives inf, whose inverse is the right 0.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not IS_INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a CUDA device, or TRITON_INTERPRET=1",
+    ),
+]
+# (rows, K, N): one row and several, K that the tiles divide and K that they do not, N likewise.
+SIZES = (
+    [(1, 600, 40), (3, 512, 33), (17, 70, 48)]
+    if IS_INTERPRETED
+    else [(m, *kn) for m in (1, 2, 8, 9, 16, 17, 64) for kn in ((576, 960), (4096, 1000), (70, 48))]
+)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if IS_INTERPRETED else "cuda")
+
+
+def kernels(name: str = "few_row_linear") -> ModuleType:
+    """The module of a kernel; imported late, since triton may be absent where this file skips."""
+    import importlib
+
+    return importlib.import_module(f"engine.kernels.{name}")
+
+
+def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A random matrix within a larger one whose other rows and columns are NaN."""
+    outer = torch.full((size[0] + 3, size[1] + 8), float("nan"), dtype=dtype, device=device)
+    inner = outer[: size[0], : size[1]]
+    inner.copy_(torch.randn(*size, device=device))
+    return inner
+
+
+def weight_of(n: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    weight = poisoned(n, k, dtype=dtype, device=device)
+    return weight.div_(k**0.5)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, num_inner: int) -> None:
+    """Within the dtype's tolerance; sums of K products round as in the batch-invariant test."""
+    tolerance = dict(TOLERANCE[got.dtype])
+    tolerance["atol"] = max(tolerance["atol"], 6 * (num_inner / 2) ** 0.5 * 2**-24)
+    torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), SIZES)
+def test_few_row_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int) -> None:
+    linear = kernels().few_row_linear
+    x, weight = poisoned(m, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
+    bias = torch.randn(n, device=device).to(dtype)
+    got = linear(x, weight, bias)
+    close(got, reference.few_row_linear(x.double(), weight.double(), bias.double()), k)
+    assert torch.equal(linear(x, weight, bias), got)
+    assert not torch.equal(linear(x, weight), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), SIZES)
+@pytest.mark.parametrize(
+    ("activation", "weight_offset"),
+    [(None, 0.0), (None, 1.0), ("silu", 0.0), ("gelu", 1.0), ("gelu_tanh", 0.0)],
+)
+def test_normed_linear(
+    device: torch.device,
+    dtype: torch.dtype,
+    m: int,
+    k: int,
+    n: int,
+    activation: str | None,
+    weight_offset: float,
+) -> None:
+    hidden = poisoned(m, k, dtype=dtype, device=device)
+    norm_weight = torch.rand(k, device=device).to(dtype)
+    weight = weight_of(2 * n if activation else n, k, dtype, device)
+    bias = torch.randn(weight.shape[0], device=device).to(dtype)
+    # Parts as a producer of narrow tiles leaves them; their number is no power of two.
+    padded = torch.nn.functional.pad(hidden.double(), (0, -k % 5))
+    squares = padded.pow(2).view(m, 5, -1).sum(-1).float()
+
+    def run() -> torch.Tensor:
+        return kernels().normed_linear(
+            hidden,
+            squares,
+            norm_weight,
+            weight,
+            bias,
+            eps=0.1,
+            weight_offset=weight_offset,
+            activation=activation,
+        )
+
+    want = reference.normed_linear(
+        hidden.double(),
+        hidden.double().pow(2).sum(-1, keepdim=True),
+        norm_weight.double(),
+        weight.double(),
+        bias.double(),
+        eps=0.1,
+        weight_offset=weight_offset,
+        activation=activation,
+    )
+    got = run()
+    close(got / 2, want / 2, k)  # norm weights up to 2 scale the values, and so their rounding
+    assert torch.equal(run(), got)
+
+
+def test_normed_linear_knows_its_activations(device: torch.device) -> None:
+    x = torch.randn(2, 16, device=device)
+    with pytest.raises(ConfigError, match="'relu' must be one of"):
+        kernels().normed_linear(x, x[:, :1], x[0], x, eps=1e-5, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), SIZES)
+def test_add_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int) -> None:
+    x, weight = poisoned(m, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
+    old, bias = poisoned(m, n, dtype=dtype, device=device), torch.randn(n, device=device).to(dtype)
+    beyond = torch.full((m, n + 8), 7.0, dtype=dtype, device=device)
+    hidden = beyond[:, :n].copy_(old)
+    squares = kernels().add_linear(x, weight, hidden, bias)
+    want = old.double()
+    reference.add_linear(x.double(), weight.double(), want, bias.double())
+    close(hidden, want, k)
+    assert (beyond[:, n:] == 7.0).all()
+    torch.testing.assert_close(
+        squares.double().sum(-1), hidden.double().pow(2).sum(-1), rtol=1e-6, atol=0.0
+    )
+    again = old.clone()
+    assert torch.equal(kernels().add_linear(x, weight, again, bias), squares)
+    assert torch.equal(again, hidden)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_rows_never_change_a_row(device: torch.device, dtype: torch.dtype) -> None:
+    k, n = (70, 20) if IS_INTERPRETED else (4096, 1000)
+    x, weight = poisoned(16, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
+    linear = kernels().few_row_linear
+    want = linear(x, weight)
+    others = torch.full_like(x, float("nan"))
+    others[5] = x[5]
+    assert torch.equal(linear(others, weight)[5], want[5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, 6.0])
+def test_embed_rows(device: torch.device, dtype: torch.dtype, scale: float | None) -> None:
+    weight = poisoned(7, 100, dtype=dtype, device=device)
+    ids = torch.tensor([6, 0, 3, 6], device=device)
+    factor = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
+    hidden, squares = kernels("embed_rows").embed_rows(ids, weight, factor)
+    want, _ = reference.embed_rows(ids, weight, factor)
+    assert torch.equal(hidden, want)
+    torch.testing.assert_close(
+        squares.double(), want.double().pow(2).sum(-1, keepdim=True), rtol=1e-6, atol=0.0
+    )
