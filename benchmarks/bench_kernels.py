@@ -248,6 +248,9 @@ def few_row_rows(
     squares = hidden.float().pow(2).sum(-1, keepdim=True)
     norm_weight = torch.randn(hidden_size, device=device, dtype=dtype)
     ids = torch.arange(num_tokens, device=device)
+    metadata = metadata_of([(255, 1)] * num_tokens, 64, device)
+    cos_sin = torch.randn(512, 2, shape.head_dim // 2, device=device)
+    _, [kv_cache] = attention_inputs(shape, metadata, 64, dtype, 0.0)
 
     def weights(rows: int, cols: int) -> list[torch.Tensor]:
         """Enough copies of a weight that none is found in the cache."""
@@ -296,7 +299,29 @@ def few_row_rows(
             plain,
         )
 
+    def qkv(w: torch.Tensor) -> torch.Tensor:
+        rope = (dispatch.rms_norm(hidden, norm_weight, 1e-5) @ w.T, metadata, cos_sin, *kv_cache)
+        return dispatch.rope_write_kv(*rope, **shape.heads)
+
     return [
+        row(
+            "normed_qkv",
+            "",
+            weights(width, hidden_size),
+            lambda w: dispatch.normed_qkv(
+                hidden,
+                squares,
+                norm_weight,
+                w,
+                None,
+                metadata,
+                cos_sin,
+                *kv_cache,
+                **shape.heads,
+                eps=1e-5,
+            ),
+            qkv,
+        ),
         row(
             "embed_rows",
             "",

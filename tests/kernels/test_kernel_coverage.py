@@ -18,6 +18,7 @@ KERNEL_MODULE = {
     "add_rms_norm": "rms_norm",
     "paged_attention": "attention",
     "normed_linear": "few_row_linear",
+    "normed_qkv": "few_row_qkv",
     "add_linear": "few_row_linear",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import AttentionCase, make_case, make_metadata
+from kernel_cases import PADDING, AttentionCase, make_case, make_metadata
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -184,3 +184,16 @@ def test_products_of_few_rows_are_what_they_replace() -> None:
     torch.testing.assert_close(hidden, want)
     torch.testing.assert_close(squares[:, 0].double(), want.pow(2).sum(-1), **close)
     torch.testing.assert_close(reference.few_row_linear(x, up), F.linear(x, up))
+    metadata = make_metadata([(3, 1), PADDING, (5, 1)], 16, [[0], [], [1]])
+    caches = [torch.zeros(2, 16, 1, 4).double() for _ in range(4)]
+    sizes = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 4}
+    cos_sin = torch.randn(8, 2, 2)
+    normed = (squares, norm_weight, up)
+    q = reference.normed_qkv(
+        hidden, *normed, None, metadata, cos_sin, *caches[:2], **sizes, eps=1e-5
+    )
+    qkv = reference.normed_linear(hidden, *normed, eps=1e-5)
+    want = reference.rope_write_kv(qkv, metadata, cos_sin, *caches[2:], **sizes)
+    assert torch.equal(q, want)
+    assert torch.equal(caches[0], caches[2])
+    assert caches[1].count_nonzero() == 2 * 4

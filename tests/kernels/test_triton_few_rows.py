@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE
+from kernel_cases import PADDING, TOLERANCE, make_metadata, metadata_on
 
 from engine.errors import ConfigError
 from engine.kernels import reference
@@ -30,6 +30,11 @@ SIZES = (
     if IS_INTERPRETED
     else [(m, *kn) for m in (1, 2, 8, 9, 16, 17, 64) for kn in ((576, 960), (4096, 1000), (70, 48))]
 )
+
+
+def on_gpu_only(*values: object) -> list[object]:
+    """Parameters too slow for the interpreter."""
+    return [] if IS_INTERPRETED else list(values)
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +135,70 @@ def test_normed_linear_knows_its_activations(device: torch.device) -> None:
     x = torch.randn(2, 16, device=device)
     with pytest.raises(ConfigError, match="'relu' must be one of"):
         kernels().normed_linear(x, x[:, :1], x[0], x, eps=1e-5, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_rotation", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "num_q_heads", "num_kv_heads"),
+    [(64, 3, 1), *on_gpu_only((96, 4, 4), (128, 32, 8))],
+)
+@pytest.mark.parametrize("num_decodes", [1, 5, *on_gpu_only(16, 40)])
+def test_normed_qkv(
+    device: torch.device,
+    dtype: torch.dtype,
+    has_rotation: bool,
+    head_dim: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    num_decodes: int,
+) -> None:
+    k = 200
+    seqs = [((17 * row + 3) % 48, 1) if row != 2 else PADDING for row in range(num_decodes)]
+    tables = [[3 * row + 2, 3 * row, 3 * row + 1] if row != 2 else [] for row in range(num_decodes)]
+    metadata = make_metadata(seqs, 16, tables)
+    hidden = poisoned(num_decodes, k, dtype=dtype, device=device)
+    squares = hidden.double().pow(2).sum(-1, keepdim=True).float()
+    norm_weight = torch.rand(k, device=device).to(dtype)
+    width = (num_q_heads + 2 * num_kv_heads) * head_dim
+    weight, bias = weight_of(width, k, dtype, device), torch.randn(width, device=device).to(dtype)
+    angles = torch.rand(48, head_dim // 2, device=device) * 6
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1) if has_rotation else None
+    sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    num_blocks = 3 * num_decodes
+    shape = (num_blocks, 16, num_kv_heads, head_dim)
+    want_caches = [torch.full(shape, 7.0, dtype=torch.float64) for _ in "kv"]
+    want = reference.normed_qkv(
+        hidden.cpu().double(),
+        squares.cpu(),
+        norm_weight.cpu().double(),
+        weight.cpu().double(),
+        bias.cpu().double(),
+        metadata,
+        None if cos_sin is None else cos_sin.cpu(),
+        *want_caches,
+        **sizes,
+        eps=0.1,
+    )
+    # Both caches are planes of one tensor: no stride is a product of the shape.
+    planes = torch.full((num_blocks, 2, *shape[1:]), 7.0, dtype=dtype, device=device)
+    q = kernels("few_row_qkv").normed_qkv(
+        hidden,
+        squares,
+        norm_weight,
+        weight,
+        bias,
+        metadata_on(metadata, device),
+        cos_sin,
+        planes[:, 0],
+        planes[:, 1],
+        **sizes,
+        eps=0.1,
+    )
+    is_real = metadata.slot_mapping >= 0
+    close(q.cpu()[is_real] / 4, want[is_real] / 4, k)  # values up to 4: rounded before the rotation
+    for plane, want_plane in zip(planes.cpu().unbind(1), want_caches, strict=True):
+        close(plane / 4, want_plane / 4, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ PUBLIC_OPS = (
     "batch_invariant_linear",
     "few_row_linear",
     "normed_linear",
+    "normed_qkv",
     "add_linear",
     "embed_rows",
 )
@@ -197,6 +198,46 @@ def normed_linear(
         eps=eps,
         weight_offset=weight_offset,
         activation=activation,
+    )
+
+
+def normed_qkv(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """`rope_write_kv` of `normed_linear`; see `reference.normed_qkv`."""
+    if hidden.is_cuda:
+        from engine.kernels.few_row_qkv import normed_qkv as op
+    else:
+        op = cpu.normed_qkv
+    return op(
+        hidden,
+        squares,
+        norm_weight,
+        weight,
+        bias,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        weight_offset=weight_offset,
     )
 
 

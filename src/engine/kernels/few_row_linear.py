@@ -24,9 +24,7 @@ programs of the next product add them up in order. So a layer needs no norm kern
 | new_squares_ptr | [T, ceil(N / BLOCK_N)] fp32     | contiguous                                  |
 
 Grid (ceil(N / BLOCK_N), ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N weight rows (for
-a gated product BLOCK_N of gate and the same of up). The weight is the left operand, so that its
-rows are the 16 (or, by warp groups, 64) rows of a tensor core product and the few rows of x its
-columns. With one row of x (BLOCK_M 1) there is no matrix: plain multiplications, summed at the end.
+a gated product BLOCK_N of gate and the same of up), see `few_row_product`.
 
 Numerics: products summed in fp32 in the order of k, in fixed trees; every rounding to the dtype is
 where the separate kernels round (see `rms_norm`, `act_mul`; y is rounded before it joins the
@@ -49,67 +47,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.errors import ConfigError
 from engine.kernels.act_mul import activate
+from engine.kernels.few_row_product import await_input, products, row_scales, row_sums
 from engine.kernels.few_row_tiles import FewRowTiles, tiles_for
 from engine.kernels.reference import ACTIVATIONS, unknown_activation_message
-from engine.kernels.rms_norm import apply_norm
-
-
-@triton.jit
-def _prefetch_weight(weight_ptrs, num_inner, LINE: tl.constexpr, LINES: tl.constexpr):
-    """Ask L2 for the first LINES lines of LINE entries of each weight row."""
-    starts = tl.arange(0, LINES) * LINE
-    starts = tl.where(starts < num_inner, starts, 0)
-    addresses = (weight_ptrs[:, None] + starts[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [addresses],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _weight_tile(weight_ptrs, k, inner, num_inner, EVEN_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K], zero past the end of K."""
-    ptrs = weight_ptrs[:, None] + (k + inner)[None, :]
-    if EVEN_K:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(k + inner < num_inner)[None, :], other=0.0)
-
-
-@triton.jit
-def _input_tile(x_ptrs, is_row, k, inner, num_inner, EVEN_K: tl.constexpr):
-    """[BLOCK_M, BLOCK_K] of x, zero outside."""
-    mask = is_row[:, None]
-    if not EVEN_K:
-        mask = mask & (k + inner < num_inner)[None, :]
-    return tl.load(x_ptrs[:, None] + (k + inner)[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _add_product(acc, weight, x, BLOCK_M: tl.constexpr):
-    """Add weight x^T: [BLOCK_N, BLOCK_M], or before the sum over k where there is one row."""
-    if BLOCK_M == 1:
-        acc += weight.to(tl.float32) * x.to(tl.float32)
-    else:
-        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _finished(acc, bias_ptr, cols, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """[BLOCK_N, BLOCK_M] sums with the bias."""
-    if BLOCK_M == 1:
-        acc = tl.sum(acc, axis=1)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols).to(tl.float32)[:, None]
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -150,54 +93,38 @@ def _few_row_kernel(
     safe_cols = tl.where(is_col, cols, 0)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
-    inner = tl.arange(0, BLOCK_K)
 
+    is_gated: tl.constexpr = ACTIVATION != ""
     weight_ptrs = weight_ptr + safe_cols.to(tl.int64) * stride_weight_row
     up_offset = num_cols.to(tl.int64) * stride_weight_row
     if USE_PDL:
-        gdc_launch_dependents()
-        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        _prefetch_weight(weight_ptrs, num_inner, LINE, PREFETCH_LINES)
-        if ACTIVATION != "":
-            _prefetch_weight(weight_ptrs + up_offset, num_inner, LINE, PREFETCH_LINES)
-        gdc_wait()
-
-    x_ptrs = x_ptr + rows.to(tl.int64) * stride_x_row
+        await_input(weight_ptrs, up_offset, num_inner, is_gated, PREFETCH_LINES)
     scale = tl.zeros([BLOCK_M], tl.float32)
     if HAS_NORM:
-        parts = tl.arange(0, BLOCK_SQUARES)
-        squares = tl.load(
-            squares_ptr + rows[:, None] * num_squares + parts[None, :],
-            mask=is_row[:, None] & (parts < num_squares)[None, :],
-            other=0.0,
-        )
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / num_inner + eps)
-        norm_weight = tl.load(norm_weight_ptr + inner, mask=inner < num_inner, other=0.0)
-
-    acc = tl.zeros([BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M], tl.float32)
-    acc_up = acc
-    for k in tl.range(0, num_inner, BLOCK_K, num_stages=NUM_STAGES):
-        weight = _weight_tile(weight_ptrs, k, inner, num_inner, EVEN_K)
-        x = _input_tile(x_ptrs, is_row, k, inner, num_inner, EVEN_K)
-        if HAS_NORM:
-            wide = x.to(tl.float32)
-            x = apply_norm(
-                wide, scale[:, None], norm_weight[None, :], weight_offset, x.dtype, HAS_OFFSET
-            )
-            # One round ahead: Triton's pipeliner leaves this load where it stands.
-            inner_ahead = k + BLOCK_K + inner
-            norm_weight = tl.load(
-                norm_weight_ptr + inner_ahead, mask=inner_ahead < num_inner, other=0.0
-            )
-        acc = _add_product(acc, weight, x, BLOCK_M)
-        if ACTIVATION != "":
-            up_weight = _weight_tile(weight_ptrs + up_offset, k, inner, num_inner, EVEN_K)
-            acc_up = _add_product(acc_up, up_weight, x, BLOCK_M)
+        scale = row_scales(squares_ptr, num_squares, rows, is_row, num_inner, eps, BLOCK_SQUARES)
+    acc, acc_up = products(
+        x_ptr + rows.to(tl.int64) * stride_x_row,
+        is_row,
+        scale,
+        weight_ptrs,
+        up_offset,
+        norm_weight_ptr,
+        num_inner,
+        weight_offset,
+        HAS_NORM,
+        HAS_OFFSET,
+        is_gated,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        NUM_STAGES,
+    )
 
     dtype = out_ptr.dtype.element_ty
-    y = _finished(acc, bias_ptr, safe_cols, HAS_BIAS, BLOCK_M).to(dtype)
-    if ACTIVATION != "":
-        up = _finished(acc_up, bias_ptr, num_cols + safe_cols, HAS_BIAS, BLOCK_M).to(dtype)
+    y = row_sums(acc, bias_ptr, safe_cols, HAS_BIAS, BLOCK_M).to(dtype)
+    if is_gated:
+        up = row_sums(acc_up, bias_ptr, num_cols + safe_cols, HAS_BIAS, BLOCK_M).to(dtype)
         y = activate(y.to(tl.float32), up.to(tl.float32), dtype, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * stride_out_row + cols[:, None]
     mask = is_row[None, :] & is_col[:, None]

@@ -269,6 +269,59 @@ def normed_linear(
     return y if activation is None else act_mul(y, activation)
 
 
+def normed_qkv(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """`rope_write_kv` of `normed_linear`, for whole heads that turn and have no norm.
+
+    Args:
+        hidden: As in `normed_linear`, likewise `squares`, `norm_weight`, `eps`, `weight_offset`.
+        squares: [T, P] float32.
+        norm_weight: [K].
+        weight: [(num_q_heads + 2 num_kv_heads) * head_dim, K]: q heads, k heads, v heads.
+        bias: As many.
+        metadata: As in `rope_write_kv`, likewise the caches, which are written in place.
+        cos_sin: [P, 2, head_dim // 2] float32; None for no rotation.
+        k_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        v_cache: Likewise.
+        num_q_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Entries per head.
+        eps: Of the norm of `hidden`.
+        weight_offset: Likewise.
+
+    Returns:
+        New q [T, num_q_heads, head_dim].
+    """
+    qkv = normed_linear(
+        hidden, squares, norm_weight, weight, bias, eps=eps, weight_offset=weight_offset
+    )
+    return rope_write_kv(
+        qkv,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+
+
 def add_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
