@@ -97,6 +97,7 @@ def _normed_qkv_kernel(
         is_row,
         scale,
         weight_ptrs,
+        in_head < HALF,
         half_offset,
         norm_weight_ptr,
         num_inner,
