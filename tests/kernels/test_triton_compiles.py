@@ -22,7 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import attention_tiles, decode_attention, prefill_attention
+from engine.kernels import (
+    attention_tiles,
+    decode_attention,
+    decode_plan,
+    prefill_attention,
+    shared_prefix,
+)
 
 HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE = 128, 4, 8, 64
 COMMON = {
@@ -37,6 +43,9 @@ COMMON = {
 }
 
 
+FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset")
+
+
 def compile_for_hopper(
     kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int
 ) -> tuple[str, str]:
@@ -46,14 +55,16 @@ def compile_for_hopper(
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr") or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
-        elif name in ("partial_ptr", "stats_ptr"):
+        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr"):
             signature[name] = "*fp32"
+        elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
         else:
-            signature[name] = "fp32" if name in ("score_scale", "softcap") else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     # What the launcher finds out by itself: pointers and strides are multiples of 16.
     aligned = [
         index
@@ -82,15 +93,27 @@ def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
     ]
 
 
-def test_decode_keeps_two_tiles_in_flight() -> None:
+@pytest.mark.parametrize("has_new_tokens", [False, True])
+def test_decode_keeps_two_tiles_in_flight(has_new_tokens: bool) -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "SPLIT": decode_attention.SPLIT,
-        "MAX_SPLITS": decode_attention.MAX_SPLITS,
+        "MAX_SPLITS": tiles.max_splits,
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "MERGE_HERE": True,
+        "USE_PDL": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
+        "BLOCK_G": GROUP,
+        "BLOCK_S": tiles.merge_splits,
+        "HAS_NEW_TOKENS": has_new_tokens,
+        "HALF_ROT": HEAD_DIM // 2 if has_new_tokens else 0,
+        "HAS_Q_NORM": has_new_tokens,
+        "HAS_K_NORM": has_new_tokens,
+        "HAS_NORM_OFFSET": False,
     }
+    del constants["KEY_ALIGNMENT"]
     ptx, gpu_ir = compile_for_hopper(
         decode_attention._split_kernel, constants, tiles.num_warps, tiles.num_stages
     )
@@ -101,10 +124,33 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     assert min(buffers) >= tiles.num_stages - 1
 
 
+def test_shared_prefixes_multiply_by_warp_groups() -> None:
+    tiles = shared_prefix.prefix_tiles(torch.bfloat16, HEAD_DIM)
+    constants = {
+        **{
+            name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
+        },
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "USE_PDL": True,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+    }
+    ptx, gpu_ir = compile_for_hopper(
+        shared_prefix._prefix_kernel, constants, tiles.num_warps, tiles.num_stages
+    )
+    assert "wgmma.mma_async" in ptx
+    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    assert buffers
+    assert min(buffers) >= tiles.num_stages
+
+
 def test_prefill_multiplies_by_warp_groups() -> None:
     tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
+        "HAS_BLOCK_ROWS": True,
+        "HAS_COUNTS": True,
         "BLOCK_Q": tiles.block_m // GROUP,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,

@@ -144,10 +144,14 @@ def _few_row_kernel(
 
 
 def few_row_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.few_row_linear`."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
     _launch(x, weight, bias, out, tiles_for("plain", x, weight))
     return out
 
