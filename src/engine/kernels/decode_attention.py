@@ -304,7 +304,7 @@ def _split_kernel(
     next_work = work + num_programs
     is_work = next_work < num_works
     next_item = _load_item(items_ptr, next_work // NUM_KV_HEADS, is_work, HEADER, ITEM)
-    tile = item[2]
+    tile = tl.where(work < num_works, item[2], 0)
     table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
     end = tl.where(work < num_works, item[3], 0)
     block_ids = load_block_ids(table_ptr, tile, end, BLOCK_N, BLOCK_SIZE)
