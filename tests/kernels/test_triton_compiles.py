@@ -97,8 +97,7 @@ def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("has_new_tokens", [False, True])
-def test_decode_keeps_two_tiles_in_flight(has_new_tokens: bool) -> None:
+def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
@@ -107,15 +106,11 @@ def test_decode_keeps_two_tiles_in_flight(has_new_tokens: bool) -> None:
         "ITEM": decode_plan.ITEM,
         "MERGE_HERE": True,
         "USE_PDL": True,
+        "HAS_THREADS": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
         "BLOCK_G": GROUP,
         "BLOCK_S": tiles.merge_splits,
-        "HAS_NEW_TOKENS": has_new_tokens,
-        "HALF_ROT": HEAD_DIM // 2 if has_new_tokens else 0,
-        "HAS_Q_NORM": has_new_tokens,
-        "HAS_K_NORM": has_new_tokens,
-        "HAS_NORM_OFFSET": False,
     }
     del constants["KEY_ALIGNMENT"]
     asm = compile_for_hopper(
