@@ -31,6 +31,7 @@ from engine.kernels import (
     decode_plan,
     prefill_attention,
     prefill_hopper,
+    prefill_plan,
     shared_prefix,
 )
 
@@ -152,13 +153,14 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     assert min(buffers) >= tiles.num_stages
 
 
-def test_prefill_multiplies_by_warp_groups() -> None:
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
     tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "HAS_BLOCK_ROWS": True,
-        "HAS_COUNTS": True,
-        "BLOCK_Q": tiles.block_m // GROUP,
+        "IS_PERSISTENT": is_persistent,
+        "HEADER": prefill_plan.HEADER,
+        "ITEM": prefill_plan.ITEM,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
@@ -176,20 +178,23 @@ def test_prefill_multiplies_by_warp_groups() -> None:
     assert min(buffers) >= tiles.num_stages
 
 
-@pytest.mark.parametrize(("head_dim", "group", "num_kv_heads"), [(128, 4, 8), (64, 3, 3)])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "num_kv_heads", "num_tokens"),
+    [(128, 4, 8, 100), (64, 3, 3, 100), (64, 3, 3, 8192)],
+)
 def test_prefill_on_hopper_overlaps_softmax_and_products(
-    head_dim: int, group: int, num_kv_heads: int
+    head_dim: int, group: int, num_kv_heads: int, num_tokens: int
 ) -> None:
-    tiles = prefill_hopper.hopper_tiles(head_dim)
+    tiles = prefill_hopper.hopper_tiles(head_dim, num_tokens)
     constants = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": BLOCK_SIZE,
-        "HAS_BLOCK_ROWS": True,
-        "HAS_COUNTS": True,
-        "BLOCK_Q": 2 * tiles.rows // group,
-        "ROWS": tiles.rows,
+        "CONSUMERS": tiles.consumers,
+        "CONSUMER_REGISTERS": tiles.consumer_registers,
+        "LOADER_REGISTERS": prefill_hopper.LOADER_REGISTERS,
+        "ROWS": prefill_hopper.ROWS,
         "BLOCK_N": tiles.block_n,
         "STAGES": tiles.stages,
     }
@@ -197,7 +202,7 @@ def test_prefill_on_hopper_overlaps_softmax_and_products(
         prefill_hopper._prefill_hopper_kernel,
         constants,
         num_warps=4,
-        maxnreg=prefill_hopper.MAX_REGISTERS,
+        maxnreg=tiles.max_registers,
     ).asm
     assert "cp.async.bulk.tensor" in asm["ptx"]
     # In the machine code of a loop: two products issued, the older one's wait (1 in flight), the
@@ -205,8 +210,8 @@ def test_prefill_on_hopper_overlaps_softmax_and_products(
     found = re.findall(r"DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|HGMMA", asm["sass"])
     runs = [(name, len(list(run))) for name, run in itertools.groupby(found)]
     waits = [index for index, (name, _) in enumerate(runs) if name.endswith("0x1")]
-    assert len(waits) == 4, "two loops, masked and not, of two consumers"
-    num_exponentials = tiles.rows * tiles.block_n // 128
+    assert len(waits) == 2 * tiles.consumers, "two loops of each consumer, masked and not"
+    num_exponentials = prefill_hopper.ROWS * tiles.block_n // 128
     for index in waits:
         assert runs[index + 1][0] == "MUFU.EX2"
         assert runs[index + 1][1] >= num_exponentials
