@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from environment import print_table, write_rows
 
 from engine.kernels import dispatch
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 PEAK_GB_PER_S = 3000.0  # measured copy bandwidth of an H100 SXM; its data sheet says 3350
 PEAK_TFLOP_PER_S = 700.0  # bf16 as cuBLAS reaches it; 989 on the data sheet
@@ -177,6 +177,52 @@ def attention_row(
     )
 
 
+def shared_prefix_row(
+    shape: Shape,
+    num_seqs: int,
+    num_blocks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int = 64,
+) -> Row:
+    """Decodes of two blocks each behind a common prefix; the baseline reads it for each of them."""
+    length = (num_blocks + 2) * block_size
+    metadata = metadata_of([(length - 1, 1)] * num_seqs, block_size, device)
+    metadata.block_table[:, :num_blocks] = metadata.block_table[0, :num_blocks]
+    prefix_len = num_blocks * block_size
+
+    def integers(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    shared = SharedPrefixes(
+        members=integers(*range(num_seqs)),
+        member_start=integers(0, *[num_seqs] * 16),
+        group_lens=integers(prefix_len, *[0] * 15),
+        prefix_lens=integers(*[prefix_len] * num_seqs),
+    )
+    grouped = dataclasses.replace(metadata, shared_prefixes=shared)
+    q, caches = attention_inputs(shape, metadata, block_size, dtype, COLD_BYTES)
+    scale = shape.head_dim**-0.5
+
+    def runner(layout: AttentionMetadata) -> Callable[[int], None]:
+        def run(call: int) -> None:
+            if call == 0:
+                dispatch.begin_step(layout)
+            dispatch.paged_attention(q, *caches[call % len(caches)], layout, softmax_scale=scale)
+
+        return run
+
+    num_keys = prefix_len + num_seqs * (length - prefix_len)
+    return Row(
+        op="paged_attention",
+        case=f"{shape.name} decode B={num_seqs} over one prefix of {prefix_len}",
+        run=runner(grouped),
+        copies=len(caches),
+        num_bytes=num_keys * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
+        baseline=runner(metadata),
+    )
+
+
 def layer_rows(
     shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> list[Row]:
@@ -251,6 +297,7 @@ def gpu_rows(device: torch.device) -> list[Row]:
     rows.append(
         attention_row(SHAPES[2], [(4096, 64)] * 64, "suffixes 64 x 64 after 4096", device, dtype)
     )
+    rows += [shared_prefix_row(shape, 64, 93, device, dtype) for shape in SHAPES]
     for shape, num_tokens in itertools.product(SHAPES, (1, 256, 8192)):
         rows += layer_rows(shape, num_tokens, device, dtype)
     return rows

@@ -28,7 +28,9 @@ _GPU_BLOCK_SIZE = 64
 _CPU_BLOCK_SIZE = 64
 _GPU_STEP_TOKENS = 8192
 _CPU_STEP_TOKENS = 1024
-_GPU_STEPS_IN_FLIGHT = 2
+_MOST_CAPTURED_STEPS_IN_FLIGHT = 16
+"""Beside busy threads of the application; otherwise two or three are enough (`LaunchAhead`)."""
+_EAGER_STEPS_IN_FLIGHT = 2
 _COALESCED_SHARE = 16
 """1 / share of the batch that may stay empty for some steps on a GPU (see `Scheduler`)."""
 
@@ -106,6 +108,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             num_blocks=resolved.num_kv_blocks,
             enable_prefix_caching=resolved.enable_prefix_caching,
             coalesced_rows=config.max_num_seqs // _COALESCED_SHARE if stream is not None else 0,
+            finds_prefix_groups=stream is not None,
         )
         runner = ModelRunner(model, resolved, scheduler.table)
         runner.warm_up()
@@ -224,6 +227,12 @@ def kv_bytes_per_token(model: Decoder) -> int:
     return elements * model.dtype.itemsize
 
 
+def _steps_in_flight(config: EngineConfig, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return _EAGER_STEPS_IN_FLIGHT if config.enforce_eager else _MOST_CAPTURED_STEPS_IN_FLIGHT
+
+
 def _resolve_sizes(
     config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype
 ) -> ResolvedConfig:
@@ -262,5 +271,5 @@ def _resolve_sizes(
         block_size=block_size,
         num_kv_blocks=blocks,
         enable_prefix_caching=config.enable_prefix_caching,
-        max_steps_in_flight=_GPU_STEPS_IN_FLIGHT if is_cuda else 1,
+        max_steps_in_flight=_steps_in_flight(config, device),
     )

@@ -202,6 +202,16 @@ class Engine:
             **template_kwargs,
         )
 
+    def apply_chat_template_batch(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        chat_template: str | None = None,
+        **template_options: Any,
+    ) -> list[list[int]]:
+        """`apply_chat_template` of each conversation; encoded together, faster than one by one."""
+        return self._template(chat_template).encode_batch(conversations, **template_options)
+
     def _need_tokenizer(self) -> Tokenizer:
         tokenizer = self._host.text.tokenizer
         if tokenizer is None:
@@ -278,9 +288,9 @@ class Engine:
             RequestError: As `submit`, naming the prompt's place in the list.
         """
         requests = []
-        for index, (prompt, one) in enumerate(
-            zip(prompts, params_per_prompt(params, len(prompts)), strict=True)
-        ):
+        all_params = params_per_prompt(params, len(prompts))
+        encoded = self._factory.encode_together(prompts, parse_special)
+        for index, (prompt, one) in enumerate(zip(prompts, all_params, strict=True)):
             try:
                 requests.append(
                     self._factory.make(
@@ -290,6 +300,7 @@ class Engine:
                         priority=priority,
                         cache_salt=cache_salt,
                         parse_special=parse_special,
+                        token_ids=encoded.get(index),
                     )
                 )
             except RequestError as error:
@@ -388,7 +399,7 @@ class Engine:
         """
         is_single = len(messages) == 0 or not isinstance(messages[0], list | tuple)
         conversations: Any = [messages] if is_single else messages
-        prompts = [self.apply_chat_template(one, **template_options) for one in conversations]
+        prompts = self.apply_chat_template_batch(conversations, **template_options)
         outputs = self._generate_all(
             prompts, params, use_tqdm, {"priority": priority, "cache_salt": cache_salt}
         )

@@ -1,8 +1,8 @@
 """The engine thread: take requests in, schedule, run, publish; one thread per engine.
 
     any thread ──post──► inbox ──► scheduler ──► runner ──► output processor ──► handles
-                                      ▲            │  up to max_steps_in_flight launched
-                                      └── complete ┘  before the oldest one's result is read
+                                      ▲            │  several steps launched before the
+                                      └── complete ┘  oldest one's result is read (launch_ahead)
 
 Everything the loop owns (scheduler, runner, output processor) is touched by this thread alone.
 Other threads only append commands to the inbox, a deque, and set an event that wakes an idle loop.
@@ -23,6 +23,7 @@ from engine.core.batch import ScheduledBatch, StepOutput
 from engine.core.request import Request
 from engine.errors import EngineClosedError, EngineDeadError, StepError
 from engine.handle import RequestSink, Wakeups, wake_loops
+from engine.launch_ahead import LaunchAhead
 from engine.stats import Counters
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 class PendingStep(Protocol):
     """A launched step (see `engine.runner.pending_step.PendingStep`)."""
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not block."""
 
     def wait(self) -> StepOutput:
         """The step's result, once the device has it."""
@@ -81,8 +86,8 @@ class EngineLoop:
         runner: Runs it.
         outputs: Turns tokens into deltas and outputs.
         counters: Counts steps and tokens.
-        max_steps_in_flight: Steps launched before the oldest result is read.
-        publish: Called once per step with the futures to complete.
+        max_steps_in_flight: Steps launched before the oldest result is read, at most.
+        publish: Called once per hand-over with the futures to complete.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class EngineLoop:
         self._runner = runner
         self._outputs = outputs
         self._counters = counters
-        self._max_steps_in_flight = max_steps_in_flight
+        self._ahead = LaunchAhead(max_steps_in_flight)
         self._publish_wakeups = publish
         self._inbox: deque[_Submit | _Abort | _Stream | _ResetPrefixCache] = deque()
         self._wake = threading.Event()
@@ -247,39 +252,47 @@ class EngineLoop:
                 self._scheduler.reset_prefix_cache()
 
     def _step(self) -> bool:
-        """Launch what can be launched, then read the oldest result. False: nothing to do."""
+        """Launch what may be launched, then read what is done. False: nothing to do."""
         started_s = time.perf_counter()
-        batch = None
-        if len(self._in_flight) < self._max_steps_in_flight:
-            batch = self._scheduler.schedule()
-        if batch is not None:
-            self._launch(batch)
-            if len(self._in_flight) < self._max_steps_in_flight:
-                self._counters.host_s += time.perf_counter() - started_s
-                return True
+        has_launched = self._launch_steps()
         if not self._in_flight:
-            return False
-        launched_s = time.perf_counter()
-        batch, pending = self._in_flight.popleft()
-        try:
-            output = pending.wait()
-        except Exception as error:
-            self._fail_step(error)
-            return True
+            return has_launched
+        host_s = time.perf_counter() - started_s
+        self._ahead.wait(self._in_flight[0][1])
         arrived_s = time.perf_counter()
-        num_new_tokens = self._outputs.process(batch, output)
+        num_steps = num_new_tokens = 0
+        while self._in_flight and (not num_steps or self._in_flight[0][1].is_done):
+            batch, pending = self._in_flight.popleft()
+            try:
+                output = pending.wait()
+            except Exception as error:
+                self._fail_step(error)
+                return True
+            num_new_tokens += self._outputs.process(batch, output)
+            num_steps += 1
+        self._ahead.note_done(num_steps, is_queue_empty=not self._in_flight)
         self._publish()
-        host_s = (launched_s - started_s) + (time.perf_counter() - arrived_s)
-        self._counters.count_step(num_new_tokens, host_s)
+        host_s += time.perf_counter() - arrived_s
+        self._counters.count_steps(num_steps, num_new_tokens, host_s)
         return True
 
-    def _launch(self, batch: ScheduledBatch) -> None:
-        try:
-            pending = self._runner.execute(batch)
-        except Exception as error:
-            self._fail_step(error)
-            return
-        self._in_flight.append((batch, pending))
+    def _launch_steps(self) -> bool:
+        """Launch until the device has enough to do; False: nobody could be scheduled."""
+        if not self._in_flight:
+            self._ahead.begin()
+        has_launched = False
+        while len(self._in_flight) < self._ahead.depth:
+            batch = self._scheduler.schedule()
+            if batch is None:
+                break
+            has_launched = True
+            try:
+                self._in_flight.append((batch, self._runner.execute(batch)))
+            except Exception as error:
+                # Those launched before end with it: the scheduler has counted on all of them.
+                self._fail_step(error)
+                break
+        return has_launched
 
     def _fail_step(self, error: Exception) -> None:
         """End the requests of a failed step, and of all launched with it, with a `StepError`.

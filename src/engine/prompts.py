@@ -57,8 +57,18 @@ class RequestFactory:
         priority: int,
         cache_salt: str | None,
         parse_special: bool,
+        token_ids: list[int] | None = None,
     ) -> Request:
         """A request ready to be scheduled.
+
+        Args:
+            prompt: As in `Engine.submit`, like the other options.
+            params: Options.
+            request_id: None makes one up.
+            priority: Smaller runs sooner.
+            cache_salt: See `Request`.
+            parse_special: For a prompt that is text.
+            token_ids: Of a prompt that is text, from `encode_together`.
 
         Raises:
             RequestError: Prompt or options are malformed.
@@ -72,7 +82,8 @@ class RequestFactory:
         _check_plain("priority", priority, int)
         if cache_salt is not None:
             _check_plain("cache_salt", cache_salt, str)
-        token_ids = self._token_ids(prompt, parse_special)
+        if token_ids is None:
+            token_ids = self._token_ids(prompt, parse_special)
         self._check_params(params)
         max_total_tokens = self._limits.check_fits(len(token_ids), params.max_tokens)
         eos_token_ids = () if params.ignore_eos else self._eos_token_ids
@@ -91,6 +102,28 @@ class RequestFactory:
         )
         add_sequences(request)
         return request
+
+    def encode_together(
+        self, prompts: Sequence[Prompt], parse_special: bool
+    ) -> dict[int, list[int]]:
+        """Place -> token ids of the prompts that are text, which is faster than one by one.
+
+        Prompts that `make` will refuse are left to it.
+        """
+        texts = {
+            index: prompt
+            for index, prompt in enumerate(prompts)
+            if isinstance(prompt, str) and prompt
+        }
+        if self._tokenizer is None or len(texts) < 2:
+            return {}
+        try:
+            encoded = self._tokenizer.encode_batch(
+                list(texts.values()), parse_special=parse_special
+            )
+        except RequestError:
+            return {}
+        return dict(zip(texts, encoded, strict=True))
 
     def _token_ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
         if isinstance(prompt, str):

@@ -7,6 +7,7 @@ the load pipeline.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Any
@@ -21,8 +22,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from engine.kernels import attention_tiles, decode_attention, prefill_attention
+from engine.kernels import (
+    attention_tiles,
+    decode_attention,
+    decode_plan,
+    prefill_attention,
+    prefill_hopper,
+    shared_prefix,
+)
 
 HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE = 128, 4, 8, 64
 COMMON = {
@@ -37,38 +47,43 @@ COMMON = {
 }
 
 
-def compile_for_hopper(
-    kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int
-) -> tuple[str, str]:
-    """(PTX, Triton's GPU IR) of a bf16 attention kernel."""
+FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset")
+
+
+def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
+    """What Triton makes of a bf16 attention kernel."""
     names = kernel.arg_names
     signature = {}
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr") or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
-        elif name in ("partial_ptr", "stats_ptr"):
+        elif name in ("k_desc", "v_desc"):
+            signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr"):
             signature[name] = "*fp32"
+        elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
         else:
-            signature[name] = "fp32" if name in ("score_scale", "softcap") else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     # What the launcher finds out by itself: pointers and strides are multiples of 16.
     aligned = [
         index
         for index, name in enumerate(names)
         if name not in constants and (name.endswith("_ptr") or name.startswith("stride_"))
     ]
-    source = ASTSource(
+    make_source = GluonASTSource if "k_desc" in names else ASTSource
+    source = make_source(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return compiled.asm["ptx"], compiled.asm["ttgir"]
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
 def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
@@ -82,18 +97,34 @@ def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
     ]
 
 
-def test_decode_keeps_two_tiles_in_flight() -> None:
+@pytest.mark.parametrize("has_new_tokens", [False, True])
+def test_decode_keeps_two_tiles_in_flight(has_new_tokens: bool) -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "SPLIT": decode_attention.SPLIT,
-        "MAX_SPLITS": decode_attention.MAX_SPLITS,
+        "MAX_SPLITS": tiles.max_splits,
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "MERGE_HERE": True,
+        "USE_PDL": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
+        "BLOCK_G": GROUP,
+        "BLOCK_S": tiles.merge_splits,
+        "HAS_NEW_TOKENS": has_new_tokens,
+        "HALF_ROT": HEAD_DIM // 2 if has_new_tokens else 0,
+        "HAS_Q_NORM": has_new_tokens,
+        "HAS_K_NORM": has_new_tokens,
+        "HAS_NORM_OFFSET": False,
     }
-    ptx, gpu_ir = compile_for_hopper(
-        decode_attention._split_kernel, constants, tiles.num_warps, tiles.num_stages
-    )
+    del constants["KEY_ALIGNMENT"]
+    asm = compile_for_hopper(
+        decode_attention._split_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
     buffers = key_tile_buffers(gpu_ir, tiles.block_n)
@@ -101,19 +132,87 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     assert min(buffers) >= tiles.num_stages - 1
 
 
+def test_shared_prefixes_multiply_by_warp_groups() -> None:
+    tiles = shared_prefix.prefix_tiles(torch.bfloat16, HEAD_DIM)
+    constants = {
+        **{
+            name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
+        },
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "USE_PDL": True,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+    }
+    asm = compile_for_hopper(
+        shared_prefix._prefix_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "wgmma.mma_async" in ptx
+    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    assert buffers
+    assert min(buffers) >= tiles.num_stages
+
+
 def test_prefill_multiplies_by_warp_groups() -> None:
     tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
+        "HAS_BLOCK_ROWS": True,
+        "HAS_COUNTS": True,
         "BLOCK_Q": tiles.block_m // GROUP,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
-    ptx, gpu_ir = compile_for_hopper(
-        prefill_attention._prefill_kernel, constants, tiles.num_warps, tiles.num_stages
-    )
+    asm = compile_for_hopper(
+        prefill_attention._prefill_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
     buffers = key_tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages
+
+
+@pytest.mark.parametrize(("head_dim", "group", "num_kv_heads"), [(128, 4, 8), (64, 3, 3)])
+def test_prefill_on_hopper_overlaps_softmax_and_products(
+    head_dim: int, group: int, num_kv_heads: int
+) -> None:
+    tiles = prefill_hopper.hopper_tiles(head_dim)
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": BLOCK_SIZE,
+        "HAS_BLOCK_ROWS": True,
+        "HAS_COUNTS": True,
+        "BLOCK_Q": 2 * tiles.rows // group,
+        "ROWS": tiles.rows,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.stages,
+    }
+    asm = compile_for_hopper(
+        prefill_hopper._prefill_hopper_kernel,
+        constants,
+        num_warps=4,
+        maxnreg=prefill_hopper.MAX_REGISTERS,
+    ).asm
+    assert "cp.async.bulk.tensor" in asm["ptx"]
+    # In the machine code of a loop: two products issued, the older one's wait (1 in flight), the
+    # exponentials, the wait for the other. ptxas may move the last in front of the exponentials.
+    found = re.findall(r"DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|HGMMA", asm["sass"])
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(found)]
+    waits = [index for index, (name, _) in enumerate(runs) if name.endswith("0x1")]
+    assert len(waits) == 4, "two loops, masked and not, of two consumers"
+    num_exponentials = tiles.rows * tiles.block_n // 128
+    for index in waits:
+        assert runs[index + 1][0] == "MUFU.EX2"
+        assert runs[index + 1][1] >= num_exponentials
+        assert runs[index + 2][0].endswith("0x0")

@@ -40,7 +40,7 @@ def build_batch(
     is_sampling = ends == lengths
 
     needs_prompt_logprobs = table.needs_prompt_logprobs[rows]
-    if needs_prompt_logprobs.any():
+    if table.num_reporting_prompts:
         # The last prompt token's logits are about the first new token.
         needs_prompt_logprobs &= starts < table.num_prompt_tokens[rows] - 1
 

@@ -158,23 +158,30 @@ def paged_attention(
         q: [T, Hq, D], rotated.
         k_cache: [num_blocks, block_size, Hkv, D]; Hq is a multiple of Hkv.
         v_cache: Likewise.
-        metadata: Layout of the batch.
+        metadata: Layout of the batch; its `shared_prefixes` change nothing here.
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
         out: [T, Hq * D] to write into, any row stride.
 
     Returns:
-        `out`, or a new [T, Hq * D]. Rows of padding are zero.
+        `out`, or a new [T, Hq * D]. Rows of padding are zero; with `device_counts` arbitrary.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads * head_dim)
     out.zero_()
     group = num_q_heads // k_cache.shape[2]
+    num_seqs = metadata.num_seqs
+    if metadata.device_counts is not None:
+        num_seqs = int(metadata.device_counts[1])
+    rows = range(num_seqs) if metadata.block_rows is None else metadata.block_rows.tolist()
     start = 0
-    for row, (seq_len, query_len) in enumerate(
-        zip(metadata.seq_lens.tolist(), metadata.query_lens.tolist(), strict=True)
+    for row, seq_len, query_len in zip(
+        rows[:num_seqs],
+        metadata.seq_lens.tolist()[:num_seqs],
+        metadata.query_lens.tolist()[:num_seqs],
+        strict=True,
     ):
         end = start + query_len
         if seq_len:

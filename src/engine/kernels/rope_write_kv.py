@@ -76,25 +76,19 @@ def _load_normed(
 
 
 @triton.jit
-def _rope_write_kv_kernel(
-    qkv_ptr,
-    out_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
+def rotated_heads(
+    token_ptr,
     cos_sin_ptr,
-    positions_ptr,
-    slots_ptr,
+    position_ptr,
     q_norm_weight_ptr,
     k_norm_weight_ptr,
     norm_eps,
     norm_weight_offset,
-    stride_qkv_token,
-    stride_cache_block,
-    stride_cache_token,
-    stride_cache_head,
-    BLOCK_SIZE: tl.constexpr,
-    NUM_Q_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
+    slot,
+    heads,
+    is_q,
+    is_k,
+    is_v,
     HEAD_DIM: tl.constexpr,
     HALF_ROT: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
@@ -103,17 +97,14 @@ def _rope_write_kv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    """Heads `heads` of one token's qkv, normed and rotated by kind; [BLOCK_H, BLOCK_D] fp32.
+
+    Where the slot is negative the position is taken to be 0.
+    """
     columns = tl.arange(0, BLOCK_D)
-    is_q = heads < NUM_Q_HEADS
-    is_k = (heads >= NUM_Q_HEADS) & (heads < NUM_Q_HEADS + NUM_KV_HEADS)
-    is_v = (heads >= NUM_Q_HEADS + NUM_KV_HEADS) & (heads < NUM_Q_HEADS + 2 * NUM_KV_HEADS)
     is_column = columns < HEAD_DIM
     mask = (is_q | is_k | is_v)[:, None] & is_column[None, :]
-    head_ptrs = qkv_ptr + token * stride_qkv_token + (heads * HEAD_DIM)[:, None]
-    slot = tl.load(slots_ptr + token)
-
+    head_ptrs = token_ptr + (heads * HEAD_DIM)[:, None]
     inverse_rms = tl.zeros([BLOCK_H], tl.float32)
     if HAS_Q_NORM or HAS_K_NORM:
         raw = tl.load(head_ptrs + columns[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -154,13 +145,73 @@ def _rope_write_kv_kernel(
             HAS_K_NORM,
             HAS_NORM_OFFSET,
         )
-        position = tl.load(positions_ptr + token, mask=slot >= 0, other=0)
+        position = tl.load(position_ptr, mask=slot >= 0, other=0)
         angles_ptr = cos_sin_ptr + position * (2 * HALF_ROT) + columns % HALF_ROT
         cos = tl.load(angles_ptr, mask=is_rotated, other=1.0)
         sin = tl.load(angles_ptr + HALF_ROT, mask=is_rotated, other=0.0)
         sin = tl.where(is_first, -sin, sin)
         x = tl.where(is_v[:, None], x, x * cos[None, :] + partner * sin[None, :])
+    return x
 
+
+@triton.jit
+def _rope_write_kv_kernel(
+    qkv_ptr,
+    out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_norm_weight_ptr,
+    k_norm_weight_ptr,
+    norm_eps,
+    norm_weight_offset,
+    stride_qkv_token,
+    stride_cache_block,
+    stride_cache_token,
+    stride_cache_head,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_ROT: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_NORM_OFFSET: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns = tl.arange(0, BLOCK_D)
+    is_q = heads < NUM_Q_HEADS
+    is_k = (heads >= NUM_Q_HEADS) & (heads < NUM_Q_HEADS + NUM_KV_HEADS)
+    is_v = (heads >= NUM_Q_HEADS + NUM_KV_HEADS) & (heads < NUM_Q_HEADS + 2 * NUM_KV_HEADS)
+    is_column = columns < HEAD_DIM
+    mask = (is_q | is_k | is_v)[:, None] & is_column[None, :]
+    slot = tl.load(slots_ptr + token)
+    x = rotated_heads(
+        qkv_ptr + token * stride_qkv_token,
+        cos_sin_ptr,
+        positions_ptr + token,
+        q_norm_weight_ptr,
+        k_norm_weight_ptr,
+        norm_eps,
+        norm_weight_offset,
+        slot,
+        heads,
+        is_q,
+        is_k,
+        is_v,
+        HEAD_DIM,
+        HALF_ROT,
+        HAS_Q_NORM,
+        HAS_K_NORM,
+        HAS_NORM_OFFSET,
+        BLOCK_H,
+        BLOCK_D,
+    )
     dtype = out_ptr.dtype.element_ty
     out_ptrs = out_ptr + token * (NUM_Q_HEADS * HEAD_DIM) + (heads * HEAD_DIM)[:, None]
     tl.store(out_ptrs + columns[None, :], x.to(dtype), mask=mask & is_q[:, None])

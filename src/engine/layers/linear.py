@@ -70,8 +70,18 @@ class Linear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             self.weight = self.weight.new_empty(0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Product with x [T, in_features], contiguous: new [T, out_features]."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Product with x [T, in_features], contiguous.
+
+        Returns:
+            `out` [T, out_features], contiguous, written in place; new where it is None.
+        """
+        if self.packed is None and self.uses_plain_product and self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        y = self._product(x)
+        return y if out is None else out.copy_(y)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
         if self.uses_plain_product:
