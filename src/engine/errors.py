@@ -75,7 +75,7 @@ class StepError(EngineError):
 class EngineDeadError(EngineError):
     """The engine loop ended with an error, which is this error's `__cause__`.
 
-    With `placement="process"` also: its process died; the message says how and shows its last words.
+    With `placement="process"` also: its process died; the message says how, with its last words.
     """
 
 
