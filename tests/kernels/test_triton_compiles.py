@@ -1,4 +1,4 @@
-"""The attention kernels compile for Hopper, and into what their tuning notes count on.
+"""The kernels compile for Hopper, and into what their tuning notes count on.
 
 Triton compiles for a GPU that is not there. What runs is proven elsewhere; this watches what a
 change of the source or of triton could lose silently: tensor core instructions and the depth of
@@ -29,6 +29,8 @@ from engine.kernels import (
     attention_tiles,
     decode_attention,
     decode_plan,
+    few_row_linear,
+    few_row_tiles,
     prefill_attention,
     prefill_hopper,
     prefill_plan,
@@ -48,7 +50,8 @@ COMMON = {
 }
 
 
-FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset")
+BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr")
+FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
@@ -58,11 +61,11 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr") or "norm_weight_ptr" in name:
+        elif name in BF16S or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
         elif name in ("k_desc", "v_desc"):
             signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr"):
+        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr") or "squares_ptr" in name:
             signature[name] = "*fp32"
         elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
             signature[name] = "*i64"
@@ -87,9 +90,9 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
-def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
-    """Buffers of each K or V tile in shared memory."""
-    pattern = rf"memdesc<(\d+)x{block_n}x{HEAD_DIM}xbf16[^>]*mutable> loc"
+def tile_buffers(gpu_ir: str, num_rows: int, num_cols: int = HEAD_DIM) -> list[int]:
+    """Buffers of each tile of a size in shared memory."""
+    pattern = rf"memdesc<(\d+)x{num_rows}x{num_cols}xbf16[^>]*mutable> loc"
     return [
         int(found)
         for line in gpu_ir.splitlines()
@@ -123,7 +126,7 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
-    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
 
@@ -148,7 +151,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
-    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 
@@ -173,7 +176,7 @@ def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
-    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 
@@ -216,3 +219,42 @@ def test_prefill_on_hopper_overlaps_softmax_and_products(
         assert runs[index + 1][0] == "MUFU.EX2"
         assert runs[index + 1][1] >= num_exponentials
         assert runs[index + 2][0].endswith("0x0")
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed", "gated", "adding"])
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_few_rows_keep_their_stages_in_flight(kind: str, num_rows: int) -> None:
+    num_inner = 4096
+    x, weight = (torch.empty(n, num_inner, device="meta").bfloat16() for n in (num_rows, 4096))
+    tiles = few_row_tiles.tiles_for(kind, x, weight)
+    has_norm = kind in ("normed", "gated")
+    missing = ["bias_ptr"]
+    missing += [] if has_norm else ["norm_weight_ptr", "squares_ptr"]
+    missing += [] if kind == "adding" else ["new_squares_ptr"]
+    constants = {
+        **dict.fromkeys(missing),
+        "HAS_BIAS": False,
+        "HAS_NORM": has_norm,
+        "HAS_OFFSET": False,
+        "ACTIVATION": "silu" if kind == "gated" else "",
+        "ADDS": kind == "adding",
+        "BLOCK_SQUARES": 256,
+        "EVEN_K": True,
+        "BLOCK_M": tiles.block_m,
+        "COLS": tiles.num_cols,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "NUM_STAGES": tiles.num_stages,
+        "USE_PDL": True,
+        "PREFETCH_LINES": tiles.prefetch_lines,
+    }
+    kernel = few_row_linear._few_row_kernel
+    asm = compile_for_hopper(kernel, constants, num_warps=tiles.num_warps, num_stages=3).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "griddepcontrol.wait" in ptx
+    assert ("mma" in ptx) == (num_rows > 1)
+    if tiles.num_stages > 1:
+        assert "cp.async.cg" in ptx
+        buffers = tile_buffers(gpu_ir, tiles.block_n, tiles.block_k)
+        assert len(buffers) >= (2 if kind == "gated" else 1)
+        assert min(buffers) >= tiles.num_stages - 1
