@@ -281,6 +281,114 @@ def layer_rows(
     ]
 
 
+def few_row_rows(
+    shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """A layer's products for few rows, beside the kernels that they replace."""
+    hidden_size, inner = shape.hidden_size, shape.intermediate_size
+    width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    mixed_size = shape.num_q_heads * shape.head_dim
+    num_vocabulary = 4096
+    case = f"{shape.name} T={num_tokens}"
+    hidden = torch.randn(num_tokens, hidden_size, device=device, dtype=dtype)
+    squares = hidden.float().pow(2).sum(-1, keepdim=True)
+    norm_weight = torch.randn(hidden_size, device=device, dtype=dtype)
+    ids = torch.arange(num_tokens, device=device)
+    metadata = metadata_of([(255, 1)] * num_tokens, 64, device)
+    cos_sin = torch.randn(512, 2, shape.head_dim // 2, device=device)
+    _, [kv_cache] = attention_inputs(shape, metadata, 64, dtype, 0.0)
+
+    def weights(rows: int, cols: int) -> list[torch.Tensor]:
+        """Enough copies of a weight that none is found in the cache."""
+        cold = COLD_BYTES if device.type == "cuda" else 0.0
+        copies = min(64, max(1, round(cold / (rows * cols * dtype.itemsize))))
+        return [torch.randn(rows, cols, device=device, dtype=dtype) * 0.02 for _ in range(copies)]
+
+    def row(
+        op: str,
+        name: str,
+        copies: list[torch.Tensor],
+        run: Callable[[torch.Tensor], Any],
+        baseline: Callable[[torch.Tensor], Any],
+    ) -> Row:
+        return Row(
+            op,
+            f"{case} {name}",
+            lambda call: run(copies[call % len(copies)]),
+            copies=len(copies),
+            num_bytes=copies[0].numel() * dtype.itemsize,
+            baseline=lambda call: baseline(copies[call % len(copies)]),
+        )
+
+    def adding(name: str, cols: int) -> Row:
+        x = torch.randn(num_tokens, cols, device=device, dtype=dtype)
+        return row(
+            "add_linear",
+            name,
+            weights(hidden_size, cols),
+            lambda w: dispatch.add_linear(x, w, hidden),
+            lambda w: dispatch.add_rms_norm(F.linear(x, w), hidden, norm_weight, 1e-5),
+        )
+
+    def normed(name: str, rows: int, activation: str | None) -> Row:
+        def plain(w: torch.Tensor) -> torch.Tensor:
+            y = F.linear(hidden, w)
+            return y if activation is None else dispatch.act_mul(y, activation)
+
+        return row(
+            "normed_linear",
+            name,
+            weights(rows, hidden_size),
+            lambda w: dispatch.normed_linear(
+                hidden, squares, norm_weight, w, eps=1e-5, activation=activation
+            ),
+            plain,
+        )
+
+    def qkv(w: torch.Tensor) -> torch.Tensor:
+        rope = (dispatch.rms_norm(hidden, norm_weight, 1e-5) @ w.T, metadata, cos_sin, *kv_cache)
+        return dispatch.rope_write_kv(*rope, **shape.heads)
+
+    return [
+        row(
+            "normed_qkv",
+            "",
+            weights(width, hidden_size),
+            lambda w: dispatch.normed_qkv(
+                hidden,
+                squares,
+                norm_weight,
+                w,
+                None,
+                metadata,
+                cos_sin,
+                *kv_cache,
+                **shape.heads,
+                eps=1e-5,
+            ),
+            qkv,
+        ),
+        row(
+            "embed_rows",
+            "",
+            weights(num_vocabulary, hidden_size)[:1],
+            lambda w: dispatch.embed_rows(ids, w),
+            lambda w: dispatch.rms_norm(F.embedding(ids, w), norm_weight, 1e-5),
+        ),
+        normed("qkv", width, None),
+        adding("o", mixed_size),
+        normed("gate_up", 2 * inner, "silu"),
+        adding("down", inner),
+        row(
+            "few_row_linear",
+            f"{hidden_size}->{num_vocabulary}",
+            weights(num_vocabulary, hidden_size),
+            lambda w: dispatch.few_row_linear(hidden, w),
+            lambda w: F.linear(hidden, w),
+        ),
+    ]
+
+
 def gpu_rows(device: torch.device) -> list[Row]:
     dtype = torch.bfloat16
     rows = [
@@ -300,6 +408,8 @@ def gpu_rows(device: torch.device) -> list[Row]:
     rows += [shared_prefix_row(shape, 64, 93, device, dtype) for shape in SHAPES]
     for shape, num_tokens in itertools.product(SHAPES, (1, 256, 8192)):
         rows += layer_rows(shape, num_tokens, device, dtype)
+    for shape, num_tokens in itertools.product(SHAPES, (1, 8, 16)):
+        rows += few_row_rows(shape, num_tokens, device, dtype)
     return rows
 
 

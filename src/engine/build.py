@@ -15,13 +15,12 @@ from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import ModelFiles, resolve_model
+from engine.model_text import ModelText, load_model_text
 from engine.models.decoder import Decoder, weight_bytes
 from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread
-from engine.text.chat_template import ChatTemplate
-from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,7 @@ class EngineParts:
 
     files: ModelFiles
     resolved: ResolvedConfig
-    tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
+    text: ModelText
     model: Decoder
     weight_bytes: int
     scheduler: Scheduler
@@ -86,8 +84,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             f"{config.model!r} was made for. Use at most {limit}."
         )
         raise ConfigError(msg)
-    tokenizer = load_tokenizer(config, files)
-    chat_template = load_chat_template(config, tokenizer)
+    text = load_model_text(config, files)
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
@@ -118,8 +115,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
     return EngineParts(
         files=files,
         resolved=resolved,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
+        text=text,
         model=model,
         weight_bytes=num_weight_bytes,
         scheduler=scheduler,
@@ -222,25 +218,6 @@ def _cpu_has_bfloat16() -> bool:
     if capabilities.startswith("AVX512"):
         return bool(torch.cpu._is_avx512_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
-
-
-def load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
-    """The model's tokenizer, or the one the config names; None for a dummy model without one."""
-    if config.tokenizer is not None:
-        return Tokenizer.from_folder(config.tokenizer)
-    if files.gguf is not None:
-        return Tokenizer.from_gguf_metadata(files.gguf.metadata)
-    if config.load_format == "dummy" and not (files.path / "tokenizer.json").exists():
-        return None
-    return Tokenizer.from_folder(files.path)
-
-
-def load_chat_template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """The chat template from the config or the tokenizer's files, if there is one."""
-    if tokenizer is None:
-        return None
-    source = config.chat_template or tokenizer.chat_templates
-    return ChatTemplate(source, tokenizer) if source else None
 
 
 def kv_bytes_per_token(model: Decoder) -> int:

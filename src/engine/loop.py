@@ -15,14 +15,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from engine.core.batch import ScheduledBatch, StepOutput
 from engine.core.request import Request
 from engine.errors import EngineClosedError, EngineDeadError, StepError
-from engine.handle import RequestHandle, wake_loops
+from engine.handle import RequestSink, Wakeups, wake_loops
 from engine.launch_ahead import LaunchAhead
 from engine.stats import Counters
 
@@ -59,7 +59,7 @@ class Runner(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class _Submit:
-    pairs: list[tuple[Request, RequestHandle]]
+    pairs: Sequence[tuple[Request, RequestSink]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,6 +87,7 @@ class EngineLoop:
         outputs: Turns tokens into deltas and outputs.
         counters: Counts steps and tokens.
         max_steps_in_flight: Steps launched before the oldest result is read, at most.
+        publish: Called once per hand-over with the futures to complete.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class EngineLoop:
         outputs: OutputProcessor,
         counters: Counters,
         max_steps_in_flight: int,
+        publish: Callable[[Wakeups], None] = wake_loops,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._outputs = outputs
         self._counters = counters
         self._ahead = LaunchAhead(max_steps_in_flight)
+        self._publish_wakeups = publish
         self._inbox: deque[_Submit | _Abort | _Stream | _ResetPrefixCache] = deque()
         self._wake = threading.Event()
         self._in_flight: deque[tuple[ScheduledBatch, PendingStep]] = deque()
@@ -134,7 +137,7 @@ class EngineLoop:
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def post_submit(self, pairs: list[tuple[Request, RequestHandle]]) -> None:
+    def post_submit(self, pairs: Sequence[tuple[Request, RequestSink]]) -> None:
         """Hand over requests; all of them are seen by the same step.
 
         Raises:
@@ -142,11 +145,7 @@ class EngineLoop:
             EngineDeadError: The loop ended with an error.
         """
         if self._is_forked():
-            msg = (
-                f"Engine {self.name!r} runs in the process {self._pid} that this one was forked "
-                "from. Make an engine in this process, or start it with the 'spawn' method."
-            )
-            raise EngineClosedError(msg)
+            raise forked_error(self.name, self._pid)
         with self._accept_lock:
             if self._refusal is not None:
                 raise refusal_for_caller(self._refusal)
@@ -201,6 +200,13 @@ class EngineLoop:
             self._wake.set()
             thread.join(timeout)
         return not thread.is_alive()
+
+    def join(self) -> BaseException:
+        """Wait for the loop's end, whatever ends it. Returns why it accepts nothing more."""
+        assert self._thread is not None, "start comes first"
+        self._thread.join()
+        assert self._refusal is not None, "a loop that has ended refuses requests"
+        return self._refusal
 
     # ---------------------------------------------------------------- the engine thread
 
@@ -306,7 +312,7 @@ class EngineLoop:
         self._runner.check_health()
 
     def _publish(self) -> None:
-        wake_loops(self._outputs.take_wakeups())
+        self._publish_wakeups(self._outputs.take_wakeups())
 
     def _end(self, error: BaseException) -> None:
         """Refuse new requests, and answer all that are still waiting with the cause."""
@@ -317,7 +323,7 @@ class EngineLoop:
             command = self._inbox.popleft()
             if isinstance(command, _Submit):
                 for _, handle in command.pairs:
-                    wake_loops(handle.publish(error=refusal_for_caller(error)))
+                    self._publish_wakeups(handle.publish(error=refusal_for_caller(error)))
         self._in_flight.clear()
         try:
             self._outputs.fail_all(lambda: refusal_for_caller(error))
@@ -325,6 +331,14 @@ class EngineLoop:
             # Everybody has been answered by then; only the books of a dead engine are off.
             logger.exception("The state of %s could not be cleaned up", self.name)
         self._publish()
+
+
+def forked_error(name: str, pid: int) -> EngineClosedError:
+    """What a child forked from the process `pid`, where the engine is, gets for its requests."""
+    return EngineClosedError(
+        f"Engine {name!r} runs in the process {pid} that this one was forked from. Make an engine "
+        "in this process, or start it with the 'spawn' method."
+    )
 
 
 def refusal_for_caller(cause: BaseException) -> BaseException:

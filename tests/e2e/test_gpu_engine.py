@@ -180,8 +180,8 @@ def test_streams_and_aborts(tiny_llama: Path) -> None:
 def test_an_out_of_memory_step_ends_its_requests_only(tiny_llama: Path) -> None:
     with Engine(str(tiny_llama), device="cuda", kv_cache_memory_bytes=64 << 20) as engine:
         expected = engine.generate([5, 6, 7], GREEDY).outputs[0].token_ids
-        assert engine._parts is not None
-        model = engine._parts.model
+        assert engine._host.parts is not None
+        model = engine._host.parts.model
         forward = model.forward
 
         def exhausted(*args: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from engine.core.batch import BlockUpdate, PrefixGroup, ScheduledBatch
 from engine.core.prefix_groups import MAX_GROUPS
+from engine.kernels.captured_inputs import CapturedInputs
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 from engine.runner.step_inputs import build_host_inputs
 from engine.runner.step_slots import NUM_SLOTS, StepSlots
@@ -82,7 +83,7 @@ def make_slots(device: torch.device) -> StepSlots:
 
 
 def begin(slots: StepSlots, num_seqs: int, num_tokens: int, *, is_pure_decode: bool) -> Any:
-    from engine.kernels.captured_step import CapturedInputs, begin_captured_step
+    from engine.kernels.captured_step import begin_captured_step
 
     device = slots.state.launch_count.device
     inputs = CapturedInputs.empty(num_seqs, num_tokens, MAX_GROUPS, device)
@@ -260,6 +261,20 @@ def test_chunks_keep_the_last_tokens(device: torch.device) -> None:
     assert last[batch.rows[0]] == 5
     assert last[batch.rows[1]] == 9
     assert last.count(9) == 1
+
+
+def test_a_grown_sequence_changes_one_entry(device: torch.device) -> None:
+    rng = random.Random(4)
+    table = FakeTable(rng)
+    slots = make_slots(device)
+    batch = make_batch(rng, table, 2, [])
+    row = int(batch.rows[1])
+    batch.block_updates = [BlockUpdate(row, 5, table.block_table[row, 5:7].tolist())]
+    slots.write(batch, table, *NO_SETTINGS, needs_ids=False)  # type: ignore[arg-type]
+    begin(slots, 2, 2, is_pure_decode=True)
+    expected = np.zeros((MAX_SEQS + 1, MAX_BLOCKS), np.int32)
+    expected[row, 5:7] = table.block_table[row, 5:7]
+    assert slots.state.block_table.tolist() == expected.tolist()
 
 
 def test_more_changes_than_a_slot_holds_are_refused(device: torch.device) -> None:

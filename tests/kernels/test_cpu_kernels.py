@@ -249,3 +249,25 @@ def test_a_step_plans_once_and_the_next_step_anew(monkeypatch: pytest.MonkeyPatc
     case.metadata.seq_lens[0] -= 1
     dispatch.begin_step(case.metadata)
     assert not torch.equal(attend(case)[0], first[0])
+
+
+def test_ops_for_few_rows_are_plain_on_a_cpu() -> None:
+    embedding, weight = torch.randn(7, 8), torch.randn(8, 8)
+    ids = torch.tensor([5, 2])
+    hidden, squares = dispatch.embed_rows(ids, embedding)
+    want = reference.embed_rows(ids, embedding)[0]
+    x = dispatch.normed_linear(hidden, squares, weight[0], weight, eps=1e-5)
+    assert torch.equal(
+        x, dispatch.few_row_linear(reference.rms_norm(want, weight[0], 1e-5), weight)
+    )
+    caches = [torch.zeros(1, 16, 1, 2) for _ in range(4)]
+    sizes = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 2}
+    metadata = make_metadata([(3, 1), (5, 1)], 16, [[0], [0]])
+    q = dispatch.normed_qkv(
+        hidden, squares, weight[0], weight, None, metadata, None, *caches[:2], **sizes, eps=1e-5
+    )
+    assert torch.equal(q, reference.rope_write_kv(x, metadata, None, *caches[2:], **sizes))
+    assert torch.equal(caches[0], caches[2])
+    assert torch.equal(caches[1], caches[3])
+    dispatch.add_linear(x, weight, hidden)
+    assert torch.equal(hidden, want + dispatch.few_row_linear(x, weight))

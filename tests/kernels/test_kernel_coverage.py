@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 KERNEL_MODULE = {
     "add_rms_norm": "rms_norm",
     "paged_attention": "attention",
+    "normed_linear": "few_row_linear",
+    "normed_qkv": "few_row_qkv",
+    "add_linear": "few_row_linear",
 }
 
 
@@ -48,11 +51,11 @@ def test_public_ops_are_all_there_are() -> None:
 
 @pytest.mark.parametrize("op", dispatch.PUBLIC_OPS)
 @pytest.mark.parametrize(
-    "file", ["test_kernel_reference.py", "test_cpu_kernels.py", "test_triton_kernels.py"]
+    "files", ["test_kernel_reference.py", "test_cpu_kernels.py", "test_triton_*.py"]
 )
-def test_op_is_tested(op: str, file: str) -> None:
-    source = (Path(__file__).parent / file).read_text()
-    assert re.search(rf"\b{op}\b", source), f"{file} never names {op}"
+def test_op_is_tested(op: str, files: str) -> None:
+    sources = [path.read_text() for path in Path(__file__).parent.glob(files)]
+    assert any(re.search(rf"\b{op}\b", source) for source in sources), f"{files}: no {op}"
 
 
 def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +71,7 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     shape = bench.SHAPES[0]
     rows = bench.layer_rows(shape, 2, device, torch.float32)
+    rows += bench.few_row_rows(shape, 2, device, torch.float32)
     rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
     rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))
     assert {row.op for row in rows} == set(dispatch.PUBLIC_OPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import AttentionCase, make_case, make_metadata
+from kernel_cases import PADDING, AttentionCase, make_case, make_metadata
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -159,3 +159,41 @@ def test_linear() -> None:
     torch.testing.assert_close(
         reference.batch_invariant_linear(x, weight, bias), F.linear(x, weight, bias)
     )
+
+
+def test_products_of_few_rows_are_what_they_replace() -> None:
+    """Embedding, norm, products and activation of a small feed-forward half, in float64."""
+    embedding, norm_weight = torch.randn(11, 8).double(), torch.randn(8).double()
+    up, down, bias = (
+        torch.randn(12, 8).double(),
+        torch.randn(8, 6).double(),
+        torch.randn(8).double(),
+    )
+    ids, scale = torch.tensor([3, 10, 3]), torch.tensor(2.5).double()
+    hidden, squares = reference.embed_rows(ids, embedding, scale)
+    assert torch.equal(hidden, F.embedding(ids, embedding) * scale)
+    x = F.rms_norm(hidden, (8,), norm_weight, 1e-5)
+    close = {"rtol": 1e-6, "atol": 1e-6}  # `squares` are float32
+    for activation, want in ((None, x @ up.T), ("silu", F.silu(x @ up[:6].T) * (x @ up[6:].T))):
+        got = reference.normed_linear(
+            hidden, squares, norm_weight, up, eps=1e-5, activation=activation
+        )
+        torch.testing.assert_close(got, want, **close)
+    want = hidden + F.linear(got, down, bias)
+    squares = reference.add_linear(got, down, hidden, bias)
+    torch.testing.assert_close(hidden, want)
+    torch.testing.assert_close(squares[:, 0].double(), want.pow(2).sum(-1), **close)
+    torch.testing.assert_close(reference.few_row_linear(x, up), F.linear(x, up))
+    metadata = make_metadata([(3, 1), PADDING, (5, 1)], 16, [[0], [], [1]])
+    caches = [torch.zeros(2, 16, 1, 4).double() for _ in range(4)]
+    sizes = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 4}
+    cos_sin = torch.randn(8, 2, 2)
+    normed = (squares, norm_weight, up)
+    q = reference.normed_qkv(
+        hidden, *normed, None, metadata, cos_sin, *caches[:2], **sizes, eps=1e-5
+    )
+    qkv = reference.normed_linear(hidden, *normed, eps=1e-5)
+    want = reference.rope_write_kv(qkv, metadata, cos_sin, *caches[2:], **sizes)
+    assert torch.equal(q, want)
+    assert torch.equal(caches[0], caches[2])
+    assert caches[1].count_nonzero() == 2 * 4

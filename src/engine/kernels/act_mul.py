@@ -33,6 +33,19 @@ _BLOCK = 1024
 
 
 @triton.jit
+def activate(gate, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """`activation(gate) * up` in dtype, of fp32 tiles."""
+    if ACTIVATION == "silu":
+        active = gate * tl.sigmoid(gate)
+    elif ACTIVATION == "gelu":
+        active = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        active = gate * tl.sigmoid(2.0 * inner)
+    return (active.to(dtype).to(tl.float32) * up).to(dtype)
+
+
+@triton.jit
 def _act_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -47,16 +60,8 @@ def _act_mul_kernel(
     gate_ptrs = gate_up_ptr + row * stride_row + cols
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + num_cols, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        active = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        active = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        active = gate * tl.sigmoid(2.0 * inner)
-    active = active.to(out_ptr.dtype.element_ty).to(tl.float32)
-    out_ptrs = out_ptr + row * num_cols + cols
-    tl.store(out_ptrs, (active * up).to(out_ptr.dtype.element_ty), mask=mask)
+    y = activate(gate, up, out_ptr.dtype.element_ty, ACTIVATION)
+    tl.store(out_ptr + row * num_cols + cols, y, mask=mask)
 
 
 def act_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -12,11 +12,23 @@ import torch.nn.functional as F
 from engine.kernels import reference
 from engine.kernels.cpu_attention import paged_attention
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.reference import (
+    add_linear,
+    embed_rows,
+    few_row_linear,
+    normed_linear,
+    normed_qkv,
+)
 
 __all__ = [
     "act_mul",
+    "add_linear",
     "add_rms_norm",
     "batch_invariant_linear",
+    "embed_rows",
+    "few_row_linear",
+    "normed_linear",
+    "normed_qkv",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",

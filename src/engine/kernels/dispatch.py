@@ -18,6 +18,11 @@ PUBLIC_OPS = (
     "rope_write_kv",
     "paged_attention",
     "batch_invariant_linear",
+    "few_row_linear",
+    "normed_linear",
+    "normed_qkv",
+    "add_linear",
+    "embed_rows",
 )
 
 
@@ -151,6 +156,117 @@ def batch_invariant_linear(
     from engine.kernels import batch_invariant_linear as kernels
 
     return kernels.batch_invariant_linear(x, weight, bias)
+
+
+def few_row_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` of few rows; see `reference.few_row_linear`."""
+    if not x.is_cuda:
+        return cpu.few_row_linear(x, weight, bias, out)
+    from engine.kernels import few_row_linear as kernels
+
+    return kernels.few_row_linear(x, weight, bias, out)
+
+
+def normed_linear(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Product of a norm, gated on demand; see `reference.normed_linear`.
+
+    Raises:
+        ConfigError: `activation` is none of "silu", "gelu", "gelu_tanh".
+    """
+    if hidden.is_cuda:
+        from engine.kernels.few_row_linear import normed_linear as op
+    else:
+        op = cpu.normed_linear
+    return op(
+        hidden,
+        squares,
+        norm_weight,
+        weight,
+        bias,
+        eps=eps,
+        weight_offset=weight_offset,
+        activation=activation,
+    )
+
+
+def normed_qkv(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """`rope_write_kv` of `normed_linear`; see `reference.normed_qkv`."""
+    if hidden.is_cuda:
+        from engine.kernels.few_row_qkv import normed_qkv as op
+    else:
+        op = cpu.normed_qkv
+    return op(
+        hidden,
+        squares,
+        norm_weight,
+        weight,
+        bias,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        weight_offset=weight_offset,
+    )
+
+
+def add_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`hidden += x @ weight.T + bias` in place, and its squares; see `reference.add_linear`."""
+    if not x.is_cuda:
+        return cpu.add_linear(x, weight, hidden, bias)
+    from engine.kernels import few_row_linear as kernels
+
+    return kernels.add_linear(x, weight, hidden, bias)
+
+
+def embed_rows(
+    input_ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of an embedding and their squares; see `reference.embed_rows`."""
+    if not weight.is_cuda:
+        return cpu.embed_rows(input_ids, weight, scale)
+    from engine.kernels import embed_rows as kernels
+
+    return kernels.embed_rows(input_ids, weight, scale)
 
 
 __all__ = [*PUBLIC_OPS, "begin_step"]

@@ -220,6 +220,160 @@ def batch_invariant_linear(
     return wide.to(x.dtype)
 
 
+def few_row_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, made for few rows.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        bias: [N].
+        out: [T, N], stride 1 along N, to be written in place.
+
+    Returns:
+        `out`, or a new [T, N].
+    """
+    y = batch_invariant_linear(x, weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def normed_linear(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`rms_norm(hidden) @ weight.T + bias`, with an activation then `act_mul` of it.
+
+    Args:
+        hidden: [T, K].
+        squares: [T, P] float32, parts of each row's sum of squares, as `add_linear` returns them.
+        norm_weight: [K].
+        weight: [N, K]; with an activation [2 N, K], gate above up.
+        bias: [N] or [2 N].
+        eps: As in `rms_norm`.
+        weight_offset: As in `rms_norm`.
+        activation: As in `act_mul`; None for the plain product.
+
+    Returns:
+        New [T, N].
+
+    Raises:
+        ConfigError: Unknown activation.
+    """
+    wide = _wide(hidden)
+    mean = squares.to(wide.dtype).sum(-1, keepdim=True) / hidden.shape[-1]
+    normed = wide * torch.rsqrt(mean + eps)
+    if weight_offset:
+        x = (normed * (weight_offset + norm_weight.to(wide.dtype))).to(hidden.dtype)
+    else:
+        x = (norm_weight * normed.to(hidden.dtype)).to(hidden.dtype)
+    y = few_row_linear(x, weight, bias)
+    return y if activation is None else act_mul(y, activation)
+
+
+def normed_qkv(
+    hidden: torch.Tensor,
+    squares: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """`rope_write_kv` of `normed_linear`, for whole heads that turn and have no norm.
+
+    Args:
+        hidden: As in `normed_linear`, likewise `squares`, `norm_weight`, `eps`, `weight_offset`.
+        squares: [T, P] float32.
+        norm_weight: [K].
+        weight: [(num_q_heads + 2 num_kv_heads) * head_dim, K]: q heads, k heads, v heads.
+        bias: As many.
+        metadata: As in `rope_write_kv`, likewise the caches, which are written in place.
+        cos_sin: [P, 2, head_dim // 2] float32; None for no rotation.
+        k_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        v_cache: Likewise.
+        num_q_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Entries per head.
+        eps: Of the norm of `hidden`.
+        weight_offset: Likewise.
+
+    Returns:
+        New q [T, num_q_heads, head_dim].
+    """
+    qkv = normed_linear(
+        hidden, squares, norm_weight, weight, bias, eps=eps, weight_offset=weight_offset
+    )
+    return rope_write_kv(
+        qkv,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+
+
+def add_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`hidden += x @ weight.T + bias`, both rounded, and what the next norm divides by.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        hidden: [T, N], written in place.
+        bias: [N].
+
+    Returns:
+        New [T, P] float32: parts of the new rows' sums of squares, P of the kernel's choice.
+    """
+    hidden += few_row_linear(x, weight, bias)
+    return _wide(hidden).pow(2).sum(-1, keepdim=True).float()
+
+
+def embed_rows(
+    input_ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight[input_ids] * scale`, and its rows' sums of squares for `normed_linear`.
+
+    Args:
+        input_ids: [T] int64.
+        weight: [V, H].
+        scale: [] in weight's dtype.
+
+    Returns:
+        (new [T, H], new [T, 1] float32).
+    """
+    hidden = weight[input_ids]
+    if scale is not None:
+        hidden = hidden * scale
+    return hidden, _wide(hidden).pow(2).sum(-1, keepdim=True).float()
+
+
 def gather_kv(cache: torch.Tensor, block_ids: torch.Tensor, seq_len: int) -> torch.Tensor:
     """The first `seq_len` tokens of one sequence, [seq_len, Hkv, D], copied out of its blocks."""
     num_blocks = -(-seq_len // cache.shape[1])

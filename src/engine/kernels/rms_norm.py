@@ -31,6 +31,18 @@ import triton.language as tl
 
 
 @triton.jit
+def apply_norm(wide, scale, weight, weight_offset, dtype: tl.constexpr, HAS_OFFSET: tl.constexpr):
+    """`wide * scale * (weight_offset + weight)` in dtype, rounded as described above."""
+    normed = wide * scale
+    weight = weight.to(tl.float32)
+    if HAS_OFFSET:
+        normed = normed * (weight_offset + weight)
+    else:
+        normed = normed.to(dtype).to(tl.float32) * weight
+    return normed.to(dtype)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -55,13 +67,10 @@ def _rms_norm_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptrs, x, mask=mask)
     wide = x.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / num_cols + eps)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        normed = normed * (weight_offset + weight)
-    else:
-        normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
-    tl.store(out_ptr + row * num_cols + cols, normed.to(out_ptr.dtype.element_ty), mask=mask)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / num_cols + eps)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    y = apply_norm(wide, scale, weight, weight_offset, out_ptr.dtype.element_ty, HAS_OFFSET)
+    tl.store(out_ptr + row * num_cols + cols, y, mask=mask)
 
 
 def rms_norm(

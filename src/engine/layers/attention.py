@@ -113,7 +113,60 @@ class Attention:
             metadata: Layout of the batch.
         """
         qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
-        q = dispatch.rope_write_kv(
+        q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
+        return self.o_proj(self._attend(q, k_cache, v_cache, metadata))
+
+    def fused(
+        self,
+        hidden: torch.Tensor,
+        squares: torch.Tensor,
+        norm: RMSNorm,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`hidden += attention(norm(hidden))` in place; returns the new `squares`.
+
+        `hidden` and `squares` as in `Linear.of_normed`, the rest as in the call.
+        """
+        if self._rotates_in_product(cos_sin):
+            q = dispatch.normed_qkv(
+                hidden,
+                squares,
+                norm.weight,
+                self.qkv_proj.weight,
+                self.qkv_proj.bias,
+                metadata,
+                cos_sin,
+                k_cache,
+                v_cache,
+                num_q_heads=self.num_q_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                eps=norm.eps,
+                weight_offset=norm.offset,
+            )
+        else:
+            qkv = self.qkv_proj.of_normed(hidden, squares, norm)
+            q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
+        return self.o_proj.add_to(hidden, self._attend(q, k_cache, v_cache, metadata))
+
+    def _rotates_in_product(self, cos_sin: torch.Tensor | None) -> bool:
+        """Whether rotation needs no more of a head than two halves of 16 columns and more."""
+        has_whole_heads = cos_sin is None or 2 * cos_sin.shape[-1] == self.head_dim
+        return self.q_norm is None and has_whole_heads and self.head_dim % 32 == 0
+
+    def _rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Queries for attention, new [T, Hq, D]; keys and values go to the cache."""
+        return dispatch.rope_write_kv(
             qkv,
             metadata,
             cos_sin,
@@ -126,8 +179,17 @@ class Attention:
             k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
             norm_eps=self.norm_eps,
             norm_weight_offset=self.norm_offset,
-        )  # [T, Hq, D]
-        mixed = dispatch.paged_attention(
+        )
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What the output projection takes, new [T, Hq D]."""
+        return dispatch.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -135,5 +197,4 @@ class Attention:
             softmax_scale=self.softmax_scale,
             sliding_window=self.sliding_window,
             logit_softcap=self.logit_softcap,
-        )  # [T, Hq D]
-        return self.o_proj(mixed)
+        )

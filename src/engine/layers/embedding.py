@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from engine.kernels import dispatch
+
 
 class Embedding:
     """Row lookup in a weight [V, H], times a scale.
@@ -41,3 +43,7 @@ class Embedding:
         if self.scale is not None:
             hidden *= self.scale
         return hidden
+
+    def with_squares(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden states, their rows' sums of squares [T, 1] float32), for `Linear.of_normed`."""
+        return dispatch.embed_rows(input_ids, self.weight, self.scale)

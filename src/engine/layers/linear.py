@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import dispatch
+from engine.kernels import dispatch, few_row_tiles
+from engine.layers.norm import RMSNorm
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """oneDNN's product with a packed weight, where torch was built with oneDNN (see `can_pack`)."""
@@ -76,8 +77,11 @@ class Linear:
         Returns:
             `out` [T, out_features], contiguous, written in place; new where it is None.
         """
-        if self.packed is None and self.uses_plain_product and self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
+        if self.packed is None and self.uses_plain_product:
+            if few_row_tiles.beats_library(x.shape[0], self.weight):
+                return dispatch.few_row_linear(x, self.weight, self.bias, out)
+            if self.bias is None:
+                return torch.mm(x, self.weight.t(), out=out)
         y = self._product(x)
         return y if out is None else out.copy_(y)
 
@@ -87,6 +91,37 @@ class Linear:
         if self.uses_plain_product:
             return F.linear(x, self.weight, self.bias)
         return dispatch.batch_invariant_linear(x, self.weight, self.bias)
+
+    def of_normed(
+        self,
+        hidden: torch.Tensor,
+        squares: torch.Tensor,
+        norm: RMSNorm,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """`self(norm(hidden))`, or the gated activation of it, in one kernel for few rows.
+
+        Args:
+            hidden: [T, in_features], the residual stream.
+            squares: [T, P] float32, parts of the sums of squares of its rows, as `add_to` and
+                `Embedding.with_squares` return them.
+            norm: Applied to `hidden`.
+            activation: As in `dispatch.normed_linear`.
+        """
+        return dispatch.normed_linear(
+            hidden,
+            squares,
+            norm.weight,
+            self.weight,
+            self.bias,
+            eps=norm.eps,
+            weight_offset=norm.offset,
+            activation=activation,
+        )
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`hidden += self(x)` in place, in one kernel for few rows; returns the new `squares`."""
+        return dispatch.add_linear(x, self.weight, hidden, self.bias)
 
 
 class TiedLinear(Linear):

@@ -8,6 +8,7 @@ import torch
 
 from engine.kernels import dispatch
 from engine.layers.linear import Linear
+from engine.layers.norm import RMSNorm
 
 
 class GatedMLP:
@@ -66,3 +67,8 @@ class GatedMLP:
         """New [T, H] from x [T, H]."""
         gate_up = self.gate_up_proj(x)  # [T, 2 I]
         return self.down_proj(dispatch.act_mul(gate_up, self.activation))
+
+    def fused(self, hidden: torch.Tensor, squares: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`hidden += mlp(norm(hidden))` in place; returns the new `squares`."""
+        x = self.gate_up_proj.of_normed(hidden, squares, norm, self.activation)  # [T, I]
+        return self.down_proj.add_to(hidden, x)

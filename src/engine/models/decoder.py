@@ -7,8 +7,10 @@ One step, for a flat batch of T tokens from B sequences::
                hidden += mlp(norm(hidden))
     norm(hidden)                                [T, H]  -> compute_logits for the rows needed
 
-Every `hidden += y` is fused with the norm that follows it. The forward makes no host decision from
-device data, so it can be captured in a CUDA graph.
+Every `hidden += y` is fused with the norm that follows it; for few tokens on a GPU both are fused
+with the products around them, and the activation too (`_forward_few_rows`): a layer is then norm
+and qkv, rotation, attention, output, norm and gate_up, down. The forward makes no host decision
+from device data, so it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Protocol
 import torch
 
 from engine.errors import CheckpointError
-from engine.kernels import dispatch
+from engine.kernels import dispatch, few_row_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
 from engine.layers.embedding import Embedding
@@ -141,6 +143,20 @@ class DecoderLayer:
         x, hidden = self.mlp_norm.add(y, hidden)
         return self._before_residual(self.mlp(x), self.post_mlp_norm)
 
+    def fused(
+        self,
+        hidden: torch.Tensor,
+        squares: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """The whole layer on `hidden`, in place; `squares` of the old and of the new `hidden`."""
+        squares = self.attention.fused(
+            hidden, squares, self.attention_norm, cos_sin, *kv_cache, metadata
+        )
+        return self.mlp.fused(hidden, squares, self.mlp_norm)
+
     def _before_residual(self, y: torch.Tensor, post_norm: RMSNorm | None) -> torch.Tensor:
         if post_norm is not None:
             y = post_norm(y)
@@ -212,6 +228,9 @@ class Decoder:
             for rope in set(config.ropes)
             if rope is not None
         }
+        self._max_fused_tokens = 0
+        if device.type == "cuda" and not batch_invariant and can_fuse(config):
+            self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         self._layer_plan = [
             (layer, next_norm, None if rope is None else self.cos_sin[rope])
@@ -273,12 +292,26 @@ class Decoder:
             metadata: Layout of the batch; positions below `max_model_len`.
         """
         dispatch.begin_step(metadata)
+        if self._max_fused_tokens >= input_ids.shape[0]:
+            return self._forward_few_rows(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
         x = self.layers[0].attention_norm(hidden)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             y = layer(x, hidden, cos_sin, kv_cache, metadata)
             x, hidden = next_norm.add(y, hidden)
         return x
+
+    def _forward_few_rows(
+        self,
+        input_ids: torch.Tensor,
+        kv_caches: Sequence[KVCache],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`forward` without kernels of their own for norms, residual sums and activations."""
+        hidden, squares = self.embedding.with_squares(input_ids)
+        for (layer, _, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
+            squares = layer.fused(hidden, squares, cos_sin, kv_cache, metadata)
+        return self.norm(hidden)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -337,6 +370,14 @@ class Decoder:
         if name == "lm_head.weight":
             return self.config.tie_word_embeddings
         return name.endswith("rotary_emb.inv_freq")
+
+
+def can_fuse(config: DecoderConfig) -> bool:
+    """Whether nothing stands between a layer's products and the residual stream.
+
+    Then, for few rows, norms, residual sums and activations join the products around them.
+    """
+    return not config.has_post_norms and config.residual_scale == 1.0
 
 
 def weight_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:

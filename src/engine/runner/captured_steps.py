@@ -20,11 +20,8 @@ import torch
 from engine.config import ResolvedConfig
 from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
-from engine.kernels.captured_step import (
-    CapturedInputs,
-    begin_captured_step,
-    finish_captured_step,
-)
+from engine.kernels.captured_inputs import CapturedInputs
+from engine.kernels.captured_step import begin_captured_step, finish_captured_step
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder, KVCache
 from engine.runner.buckets import Ladder

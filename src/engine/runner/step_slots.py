@@ -13,7 +13,7 @@ import torch
 from engine.core.batch import ScheduledBatch
 from engine.core.prefix_groups import MAX_GROUPS
 from engine.core.state import SequenceTable
-from engine.kernels.captured_step import CapturedStepState, StepSlotLayout
+from engine.kernels.captured_inputs import CapturedStepState, StepSlotLayout
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 
 NUM_SLOTS = 32
