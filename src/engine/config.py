@@ -56,7 +56,7 @@ class EngineConfig:
             "process": in a child process behind the same `Engine`; a busy application and the
             engine then do not slow each other down, a crash of the engine cannot take the
             application with it, and `close` gives back all GPU memory. Costs one process (a second
-            Python with torch) per engine, and about 0.1 ms per request. Not on Windows.
+            Python with torch) per engine, and about 0.2 ms per request. Not on Windows.
         seed: Base of the seeds drawn for requests that bring none. Default: from the system.
 
     Raises:

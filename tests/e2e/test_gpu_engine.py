@@ -117,8 +117,8 @@ def test_steps_are_captured_and_allocate_nothing(tiny_llama: Path) -> None:
     with Engine(str(tiny_llama), device="cuda", kv_cache_memory_bytes=64 << 20) as engine:
         prompts = [[5 + index] * (1 + 3 * index) for index in range(20)]
         expected = engine.generate(prompts, params)
-        assert engine._parts is not None
-        model = engine._parts.model
+        assert engine._host.parts is not None
+        model = engine._host.parts.model
 
         def not_again(*args: Any) -> torch.Tensor:
             raise AssertionError("a step ran eagerly or was captured late")

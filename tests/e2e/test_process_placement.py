@@ -187,11 +187,34 @@ def test_a_child_that_hangs_at_the_start_is_ended(
         "import sys, time; print('hm', file=sys.stderr, flush=True); time.sleep(600)",
     )
     monkeypatch.setattr(engine.placement.remote, "_HELLO_TIMEOUT_S", 1.0)
+    before = set(threading.enumerate())
     started_s = time.monotonic()
     with pytest.raises(EngineDeadError, match=r"was not up after 1 s.*\nhm"):
         make_engine()
     assert time.monotonic() - started_s < 5
-    assert not [t for t in threading.enumerate() if t.name.startswith("engine-stderr")]
+    assert not set(threading.enumerate()) - before
+
+
+def test_connectors_pass_the_placement_on(tiny_llama: Path) -> None:
+    """Both frameworks, one engine between them."""
+    langchain = pytest.importorskip("llm_connectors.langchain")
+    llama_index = pytest.importorskip("llm_connectors.llama_index")
+    options = {"placement": "process", "device": "cpu", "num_threads": 1}
+    chat = langchain.ChatLocal(
+        model=str(tiny_llama), engine_kwargs=options, temperature=0.0, max_tokens=6
+    )
+    llm = llama_index.LocalLLM(
+        model=str(tiny_llama), engine_kwargs=options, temperature=0.0, max_tokens=6
+    )
+    text = chat.invoke("in the").content
+    assert "".join(piece.content for piece in chat.stream("in the")) == text
+    assert [message.content for message in chat.batch(["in the"] * 3)] == [text] * 3
+    assert llm.engine is chat._engine()
+    assert llm.engine.config.placement == "process"
+    pid = child_pid(llm.engine)
+    chat.close()
+    llm.close()
+    assert not is_running(pid)
 
 
 # -------------------------------------------------------------------- the child dies
@@ -396,15 +419,27 @@ def test_close_ends_the_child(make_engine: Callable[..., Engine]) -> None:
 def test_close_ends_a_child_that_does_not_listen(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.placement.remote, "EXIT_TIMEOUT_S", 0.5)
+    """Not even while another thread waits for the child to take more."""
+    monkeypatch.setattr(engine.placement.remote, "_SEND_BUFFER_BYTES", 1 << 16)
     eng = make_engine()
     pid = child_pid(eng)
     os.kill(pid, signal.SIGSTOP)
-    handle = eng.submit("in the", LONG)
-    eng.close(timeout=0.1)
+    prompts = [[5] * 500] * 400  # 800 kB, more than the socket takes
+    handles: list[Any] = []
+    caller = threading.Thread(target=lambda: handles.extend(eng.submit_many(prompts, SHORT)))
+    caller.start()
+    assert eventually(lambda: len(eng._host._open) == 400)  # type: ignore[attr-defined]
+    caller.join(0.5)
+    assert caller.is_alive()
+    started_s = time.monotonic()
+    eng.close(timeout=0.2)
+    assert time.monotonic() - started_s < 5
     assert not is_running(pid)
-    with pytest.raises(EngineClosedError):
-        handle.result(timeout=1)
+    caller.join(5)
+    for handle in handles:
+        with pytest.raises(EngineClosedError):
+            handle.result(timeout=1)
+    assert len(handles) == 400
 
 
 def test_an_engine_nobody_holds_ends_its_child(make_engine: Callable[..., Engine]) -> None:

@@ -278,6 +278,25 @@ def test_prefill_of_either_kernel(
     assert bool(calls) == is_hopper
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not run Gluon")
+def test_consumers_of_a_hopper_program_never_change_a_row(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper GPU")
+    hopper = kernels("prefill_hopper")
+    seqs = [(0, 700), (300, 130), (64, 64), (1, 2)]
+    case = make_case(seqs, dtype=BF16, num_q_heads=9, num_kv_heads=3, block_size=64).on(device)
+    two, three = (torch.zeros(len(case.q), 9 * 64, dtype=BF16, device=device) for _ in range(2))
+    for consumers, out in ((2, two), (3, three)):
+        hopper.prefill_on_hopper(
+            *case.arguments(),
+            out,
+            softmax_scale=case.softmax_scale,
+            tiles=hopper.HopperTiles(consumers, 128, 3),
+        )
+    assert torch.equal(two, three)
+    assert two.abs().sum() > 0
+
+
 def captured_prefill(case: AttentionCase, device: torch.device) -> AttentionCase:
     """The batch as a captured step has it: padded, counts on the device, rows of a wider table.
 
@@ -324,6 +343,39 @@ def prefill_into(case: AttentionCase, out: torch.Tensor) -> torch.Tensor:
         logit_softcap=0.0,
     )
     return out
+
+
+@pytest.mark.parametrize(
+    ("block_q", "seqs"),
+    [
+        (32, [(0, 1000)]),
+        (32, [(9, 1)] * 3),
+        (16, [(7, 1), (300, 1), (0, 70), (33, 30), (54, 32), (0, 86), (130, 2), (0, 2)]),
+        (3, [(5 * n % 37, 2 + n % 11) for n in range(70)]),
+        *on_gpu_only((42, [(9, 1)] * 40 + [(3 * n, 2 + n % 137) for n in range(500)])),
+    ],
+)
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_every_tile_is_planned_once_and_the_longest_first(
+    device: torch.device, block_q: int, seqs: list[tuple[int, int]], is_captured: bool
+) -> None:
+    plan_file = kernels("prefill_plan")
+    case = make_case(seqs, num_q_heads=1, num_kv_heads=1, head_dim=16)
+    host = case.metadata
+    on_device = captured_prefill(case, device) if is_captured else case.on(device)
+    rows = on_device.metadata.block_rows.tolist() if is_captured else list(range(len(seqs)))
+    want = []
+    for seq, (computed, new) in enumerate(seqs[host.num_decodes :], start=host.num_decodes):
+        first_token = int(host.query_start_loc[seq])
+        for first in range(0, new, block_q):
+            count = min(block_q, new - first)
+            want.append([first_token + first, count, computed + first, computed + new, rows[seq]])
+    # Sorted by the end of the keys; Python's sort keeps the order of sequences among equals.
+    want.sort(key=lambda tile: -(tile[1] + tile[2]))
+    plan, max_tiles = plan_file.prefill_plan(on_device.metadata, len(on_device.q), block_q)
+    got = plan[plan_file.HEADER :].view(-1, plan_file.ITEM)[: len(want), :5].tolist()
+    assert int(plan[0]) == len(want) <= max_tiles
+    assert got == want
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

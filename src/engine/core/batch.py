@@ -57,7 +57,7 @@ class ScheduledBatch:
 
     Attributes:
         step_id: Counts up from 0.
-        rows: [B] int32, state index of each sequence (its row in `SequenceTable` and in every
+        rows: [B] intp, state index of each sequence (its row in `SequenceTable` and in every
             device table).
         num_scheduled_tokens: [B] int32, >= 1.
         num_computed_tokens: [B] int32, tokens whose KV exists before this step.
@@ -73,7 +73,7 @@ class ScheduledBatch:
     """
 
     step_id: int
-    rows: Int32Array
+    rows: npt.NDArray[np.intp]
     num_scheduled_tokens: Int32Array
     num_computed_tokens: Int32Array
     is_sampling: npt.NDArray[np.bool_]

@@ -7,11 +7,12 @@ prompt, questions over one document and the n answers of a request come in such 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
-import numpy.typing as npt
 
 from engine.core.batch import Int32Array, PrefixGroup
-from engine.core.state import SequenceTable
+from engine.core.state import IndexArray, SequenceTable
 
 MAX_GROUPS = 16
 MIN_MEMBERS = 4
@@ -34,48 +35,44 @@ class PrefixGroups:
     def __init__(self, table: SequenceTable, block_size: int) -> None:
         self._table = table
         self._block_size = block_size
-        self._rows = np.zeros(0, dtype=np.int32)
-        self._epochs = np.zeros(0, dtype=np.int64)
+        self._found_for = b""
         self._groups: list[PrefixGroup] = []
 
-    def find(self, rows: Int32Array, num_computed_tokens: Int32Array) -> list[PrefixGroup]:
+    def find(self, rows: IndexArray, num_computed_tokens: Int32Array) -> list[PrefixGroup]:
         """Groups among decoding sequences, largest saving first, at most `MAX_GROUPS`.
 
         Args:
-            rows: [B] state indices in the order of the batch; not changed by the caller later.
+            rows: [B] state indices in the order of the batch.
             num_computed_tokens: [B] tokens whose KV exists before the step.
         """
         if len(rows) < MIN_MEMBERS:
             return []
-        epochs = self._table.epoch[rows]
-        is_same = np.array_equal(rows, self._rows) and np.array_equal(epochs, self._epochs)
-        if not is_same:
-            self._rows, self._epochs = rows, epochs
+        # The same rows of the same owners. Compared as bytes: unlike array operations that keeps
+        # the GIL, whatever the length.
+        found_for = rows.tobytes() + self._table.epoch[rows].tobytes()
+        if found_for != self._found_for:
+            self._found_for = found_for
             self._groups = self._find(rows, num_computed_tokens)
         return self._groups
 
-    def _find(self, rows: Int32Array, num_computed_tokens: Int32Array) -> list[PrefixGroup]:
+    def _find(self, rows: IndexArray, num_computed_tokens: Int32Array) -> list[PrefixGroup]:
         num_full = num_computed_tokens // self._block_size
         candidates = np.flatnonzero(num_full >= MIN_BLOCKS)
         if len(candidates) < MIN_MEMBERS:
             return []
-        keys = self._table.block_table[rows[candidates], MIN_BLOCKS - 1]
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        ends = np.append(starts[1:], len(keys))
+        keys = self._table.block_table[:, MIN_BLOCKS - 1][rows[candidates]]
         groups = []
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            if end - start < MIN_MEMBERS:
+        for key, count in Counter(keys.tolist()).items():
+            if count < MIN_MEMBERS:
                 continue
-            members = np.sort(candidates[order[start:end]]).astype(np.int32)
+            members = candidates[keys == key]
             num_blocks = self._common_blocks(rows[members], int(num_full[members].min()))
             if num_blocks >= MIN_BLOCKS:
-                groups.append(PrefixGroup(members, num_blocks))
+                groups.append(PrefixGroup(members.astype(np.int32), num_blocks))
         groups.sort(key=lambda group: -(len(group.members) - 1) * group.num_blocks)
         return groups[:MAX_GROUPS]
 
-    def _common_blocks(self, rows: npt.NDArray[np.int32], limit: int) -> int:
+    def _common_blocks(self, rows: IndexArray, limit: int) -> int:
         """Leading blocks that all `rows` have in common, at most `limit`."""
         tables = self._table.block_table[rows, :limit]
         differs = (tables[1:] != tables[0]).any(axis=0)

@@ -376,7 +376,7 @@ class Scheduler:
         if self._prefix_groups is not None:
             count = batch.num_decodes
             batch.prefix_groups = self._prefix_groups.find(
-                batch.rows[:count], batch.num_computed_tokens[:count]
+                rows[:count], batch.num_computed_tokens[:count]
             )
         self._counts.steps += 1
         self._in_flight.append(_StepInFlight(batch, rows, self.table.epoch[rows]))

@@ -51,14 +51,14 @@ import triton.language as tl
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
-    attend_tiles,
     follow_kernel_before,
+    load_block_ids,
     num_multiprocessors,
     score_factors,
+    softmax_step,
 )
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
-from engine.kernels.rope_write_kv import rotated_heads
 from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 
 # Elements of partial sums that one round of a merge may hold in registers.
@@ -77,6 +77,7 @@ class DecodeTiles:
         split: Keys per split, a multiple of 64 and of block_n.
         max_splits: Most splits of a sequence, a power of two.
         merge_splits: Splits that one round of a merge reads.
+        max_registers: Of a thread; None for as many as the compiler likes.
         merge_here: Merge in the split kernel instead of a second one.
         use_pdl: Programs start before the kernel before them ends, and wait for it.
     """
@@ -88,6 +89,7 @@ class DecodeTiles:
     split: int = 256
     max_splits: int = 32
     merge_splits: int = 4
+    max_registers: int | None = None
     merge_here: bool = False
     use_pdl: bool = False
 
@@ -139,27 +141,39 @@ def _merge_splits(
     is_stat = (splits < num_splits)[:, None] & is_member[None, :]
     maxima = tl.load(stats_ptrs, mask=is_stat, other=float("-inf"), cache_modifier=".cg")
     sums = tl.load(stats_ptrs + num_q_heads, mask=is_stat, other=0.0, cache_modifier=".cg")
+    # The first sums are on their way before anybody waits for the maxima.
+    in_round = tl.arange(0, BLOCK_S)
+    partial_ptrs = partial_ptr + columns[None, None, :]
+    partial_ptrs += ((first_place + in_round)[:, None] * num_q_heads + heads[None, :])[
+        :, :, None
+    ] * HEAD_DIM
+    weight_ptrs = stats_ptr + (first_place + in_round)[:, None] * (2 * num_q_heads) + heads[None, :]
+    is_value = (is_member[:, None] & is_column[None, :])[None, :, :]
+    is_part = in_round < num_splits
+    is_weight = is_part[:, None] & is_member[None, :]
+    partial = tl.load(
+        partial_ptrs,
+        mask=is_part[:, None, None] & is_value,
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    weights = tl.load(weight_ptrs, mask=is_weight, other=float("-inf"), cache_modifier=".cg")
     # Rows of padding heads have no maximum; 0 keeps NaN out of them.
     highest = tl.where(is_member, tl.max(maxima, axis=0), 0.0)
     total = tl.sum(sums * tl.exp2(maxima - highest[None, :]), axis=0)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for base in tl.range(0, num_splits, BLOCK_S, num_stages=1):
-        part = base + tl.arange(0, BLOCK_S)
-        is_part = part < num_splits
-        places = first_place + part
-        weights = tl.load(
-            stats_ptr + places[:, None] * (2 * num_q_heads) + heads[None, :],
-            mask=is_part[:, None] & is_member[None, :],
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        rows = places[:, None] * num_q_heads + heads[None, :]
+    acc = tl.sum(partial * tl.exp2(weights - highest[None, :])[:, :, None], axis=0)
+    for base in tl.range(BLOCK_S, num_splits, BLOCK_S, num_stages=1):
+        partial_ptrs += BLOCK_S * num_q_heads * HEAD_DIM
+        weight_ptrs += BLOCK_S * 2 * num_q_heads
+        is_part = base + in_round < num_splits
+        is_weight = is_part[:, None] & is_member[None, :]
         partial = tl.load(
-            partial_ptr + rows[:, :, None] * HEAD_DIM + columns[None, None, :],
-            mask=is_part[:, None, None] & (is_member[:, None] & is_column[None, :])[None, :, :],
+            partial_ptrs,
+            mask=is_part[:, None, None] & is_value,
             other=0.0,
             cache_modifier=".cg",
         )
+        weights = tl.load(weight_ptrs, mask=is_weight, other=float("-inf"), cache_modifier=".cg")
         acc += tl.sum(partial * tl.exp2(weights - highest[None, :])[:, :, None], axis=0)
     mixed = acc / tl.where(is_member, total, 1.0)[:, None]
     out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
@@ -168,17 +182,66 @@ def _merge_splits(
 
 
 @triton.jit
-def _load_item(items_ptr, index, HEADER: tl.constexpr, ITEM: tl.constexpr):
+def _load_item(items_ptr, index, is_read, HEADER: tl.constexpr, ITEM: tl.constexpr):
     item_ptr = items_ptr + HEADER + index * ITEM
     return (
-        tl.load(item_ptr),
-        tl.load(item_ptr + 1),
-        tl.load(item_ptr + 2),
-        tl.load(item_ptr + 3),
-        tl.load(item_ptr + 4),
-        tl.load(item_ptr + 5),
-        tl.load(item_ptr + 6),
-        tl.load(item_ptr + 7),
+        tl.load(item_ptr, mask=is_read, other=0),
+        tl.load(item_ptr + 1, mask=is_read, other=0),
+        tl.load(item_ptr + 2, mask=is_read, other=0),
+        tl.load(item_ptr + 3, mask=is_read, other=0),
+        tl.load(item_ptr + 4, mask=is_read, other=0),
+        tl.load(item_ptr + 5, mask=is_read, other=0),
+        tl.load(item_ptr + 6, mask=is_read, other=0),
+        tl.load(item_ptr + 7, mask=is_read, other=0),
+    )
+
+
+@triton.jit
+def _choose_item(condition, a, b):
+    return (
+        tl.where(condition, a[0], b[0]),
+        tl.where(condition, a[1], b[1]),
+        tl.where(condition, a[2], b[2]),
+        tl.where(condition, a[3], b[3]),
+        tl.where(condition, a[4], b[4]),
+        tl.where(condition, a[5], b[5]),
+        tl.where(condition, a[6], b[6]),
+        tl.where(condition, a[7], b[7]),
+    )
+
+
+@triton.jit
+def _count_tiles(
+    items_ptr,
+    num_works,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tiles of all items of this program; an item without keys counts as one."""
+    num_programs = tl.num_programs(0)
+    num_tiles = 0
+    for base in range(tl.program_id(0), num_works, num_programs * BLOCK):
+        works = base + tl.arange(0, BLOCK) * num_programs
+        is_work = works < num_works
+        item_ptrs = items_ptr + HEADER + works // NUM_KV_HEADS * ITEM
+        start = tl.load(item_ptrs + 2, mask=is_work, other=0)
+        end = tl.load(item_ptrs + 3, mask=is_work, other=0)
+        tiles = tl.maximum(tl.cdiv(end - start, BLOCK_N), 1)
+        num_tiles += tl.sum(tl.where(is_work, tiles, 0), axis=0)
+    return num_tiles
+
+
+@triton.jit
+def _await_threads():
+    """A barrier of the program's threads: `tl.debug_barrier` would end the pipelining of a loop.
+
+    The interpreter has neither threads nor assembly.
+    """
+    tl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -202,22 +265,10 @@ def _split_kernel(
     stride_cache_head,
     stride_table,
     stride_out,
-    cos_sin_ptr,
-    positions_ptr,
-    slots_ptr,
-    q_norm_weight_ptr,
-    k_norm_weight_ptr,
-    norm_eps,
-    norm_weight_offset,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HAS_NEW_TOKENS: tl.constexpr,
-    HALF_ROT: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
-    HAS_NORM_OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -225,6 +276,7 @@ def _split_kernel(
     ITEM: tl.constexpr,
     MERGE_HERE: tl.constexpr,
     USE_PDL: tl.constexpr,
+    HAS_THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -234,158 +286,116 @@ def _split_kernel(
     if USE_PDL:
         follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+    num_programs = tl.num_programs(0)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
+    in_tile = tl.arange(0, BLOCK_N)
     is_row = rows < GROUP
-    mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
-    # The numbers of an item are loaded while the one before it is computed; those of the first
-    # together with the length of the list, of whose room there is at least one item per program.
-    num_programs = tl.num_programs(0)
-    num_items = tl.load(items_ptr) * NUM_KV_HEADS
-    next_item = _load_item(items_ptr, tl.program_id(0) // NUM_KV_HEADS, HEADER, ITEM)
-    for work in range(tl.program_id(0), num_items, num_programs):
-        seq, table_row, start, end, first_place, split, splits, seq_len = next_item
-        next_work = tl.minimum(work + num_programs, num_items - 1)
-        next_item = _load_item(items_ptr, next_work // NUM_KV_HEADS, HEADER, ITEM)
-        kv_head = work % NUM_KV_HEADS
+    is_column = (columns < HEAD_DIM)[None, :]
+    mask = is_row[:, None] & is_column
+
+    # The list has room for an item per program, whatever its length; what lies there is not used.
+    work = tl.program_id(0)
+    num_works = tl.load(items_ptr) * NUM_KV_HEADS
+    item = _load_item(items_ptr, work // NUM_KV_HEADS, work >= 0, HEADER, ITEM)
+    num_tiles = tl.where(work < num_works, tl.maximum(tl.cdiv(item[3] - item[2], BLOCK_N), 1), 0)
+    if num_works > num_programs:
+        num_tiles = _count_tiles(items_ptr, num_works, NUM_KV_HEADS, HEADER, ITEM, BLOCK_N, 64)
+    next_work = work + num_programs
+    is_work = next_work < num_works
+    next_item = _load_item(items_ptr, next_work // NUM_KV_HEADS, is_work, HEADER, ITEM)
+    tile = tl.where(work < num_works, item[2], 0)
+    table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
+    end = tl.where(work < num_works, item[3], 0)
+    block_ids = load_block_ids(table_ptr, tile, end, BLOCK_N, BLOCK_SIZE)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for _ in range(num_tiles):
+        seq, _row, _start, end, first_place, split, splits, seq_len = item
         seq = seq.to(tl.int64)
-        table_row = table_row.to(tl.int64)
-        first_place = first_place.to(tl.int64)
-        num_splits = splits % 256
-        low = start
-        if WINDOW > 0:
-            low = tl.maximum(seq_len - WINDOW, 0)
+        kv_head = work % NUM_KV_HEADS
         heads = kv_head * GROUP + rows
-        token_ptr = q_ptr + seq * stride_q_token
-        if HAS_NEW_TOKENS:
-            # Rows of the tile behind the query heads have room for the new key and value.
-            is_k = rows == GROUP
-            is_v = rows == GROUP + 1
-            slot = tl.load(slots_ptr + seq)
-            new_heads = num_q_heads + kv_head + tl.where(is_v, NUM_KV_HEADS, 0)
-            x = rotated_heads(
-                token_ptr,
-                cos_sin_ptr,
-                positions_ptr + seq,
-                q_norm_weight_ptr,
-                k_norm_weight_ptr,
-                norm_eps,
-                norm_weight_offset,
-                slot,
-                tl.where(is_row, heads, new_heads),
-                is_row,
-                is_k,
-                is_v,
-                HEAD_DIM,
-                HALF_ROT,
-                HAS_Q_NORM,
-                HAS_K_NORM,
-                HAS_NORM_OFFSET,
-                BLOCK_M,
-                BLOCK_D,
-            ).to(k_ptr.dtype.element_ty)
-            q = tl.where(is_row[:, None], x, 0.0)
-            if (end == seq_len) & (slot >= 0):
-                place = (slot // BLOCK_SIZE) * stride_cache_block
-                place += (slot % BLOCK_SIZE) * stride_cache_token + kv_head * stride_cache_head
-                new_ptrs = place + rows[:, None] * 0 + columns[None, :]
-                is_column = (columns < HEAD_DIM)[None, :]
-                tl.store(k_ptr + new_ptrs, x, mask=is_k[:, None] & is_column)
-                tl.store(v_ptr + new_ptrs, x, mask=is_v[:, None] & is_column)
-            # This program's own loads of the last tile come after every thread's stores.
-            tl.debug_barrier()
-        else:
-            q_ptrs = token_ptr + (heads * stride_q_head)[:, None]
-            q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
-        positions = tl.zeros([BLOCK_M], tl.int32) + (seq_len - 1)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        full_end = start
-        if WINDOW == 0:
-            full_end = start + (end - start) // BLOCK_N * BLOCK_N
-            acc, row_max, row_sum = attend_tiles(
-                acc,
-                row_max,
-                row_sum,
-                q,
-                positions,
-                k_ptr + kv_head * stride_cache_head,
-                v_ptr + kv_head * stride_cache_head,
-                block_table_ptr + table_row * stride_table,
-                start,
-                low,
-                full_end,
-                score_scale,
-                softcap,
-                stride_cache_block,
-                stride_cache_token,
-                IS_MASKED=False,
-                WINDOW=WINDOW,
-                HAS_SOFTCAP=HAS_SOFTCAP,
-                HEAD_DIM=HEAD_DIM,
-                BLOCK_D=BLOCK_D,
-                BLOCK_N=BLOCK_N,
-                BLOCK_SIZE=BLOCK_SIZE,
-            )
-        acc, row_max, row_sum = attend_tiles(
+        keys = tile + in_tile
+        visible = keys < end
+        if WINDOW > 0:
+            visible = visible & (keys >= seq_len - WINDOW)
+        places = (
+            block_ids.to(tl.int64) * stride_cache_block + (keys % BLOCK_SIZE) * stride_cache_token
+        )
+        places = (places + kv_head * stride_cache_head)[:, None] + columns[None, :]
+        is_last = tile + BLOCK_N >= end
+
+        q_ptrs = q_ptr + seq * stride_q_token + (heads * stride_q_head)[:, None]
+        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+        k = tl.load(k_ptr + places, mask=visible[:, None] & is_column, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        probs, acc, row_max, row_sum = softmax_step(
+            scores,
+            visible[None, :],
             acc,
             row_max,
             row_sum,
-            q,
-            positions,
-            k_ptr + kv_head * stride_cache_head,
-            v_ptr + kv_head * stride_cache_head,
-            block_table_ptr + table_row * stride_table,
-            full_end,
-            low,
-            end,
             score_scale,
             softcap,
-            stride_cache_block,
-            stride_cache_token,
             IS_MASKED=True,
-            WINDOW=WINDOW,
             HAS_SOFTCAP=HAS_SOFTCAP,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-            BLOCK_SIZE=BLOCK_SIZE,
         )
-        out_row_ptr = out_ptr + seq * stride_out
-        if num_splits == 1:
-            # A padding row has no keys: sum 0, output 0.
-            mixed = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-            out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
-            tl.store(out_ptrs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            place = first_place + split
-            partial_ptrs = partial_ptr + (place * num_q_heads + heads)[:, None] * HEAD_DIM
-            tl.store(partial_ptrs + columns[None, :], acc, mask=mask)
-            stats_ptrs = stats_ptr + place * (2 * num_q_heads) + heads
-            tl.store(stats_ptrs, row_max, mask=is_row)
-            tl.store(stats_ptrs + num_q_heads, row_sum, mask=is_row)
-            if MERGE_HERE:
-                arrival_ptr = arrivals_ptr + seq * NUM_KV_HEADS + kv_head
-                tl.debug_barrier()
-                num_before = num_splits - splits // 256 - 1
-                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
-                    tl.store(arrival_ptr, 0)
-                    _merge_splits(
-                        partial_ptr,
-                        stats_ptr,
-                        out_row_ptr,
-                        first_place,
-                        num_splits,
-                        kv_head,
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HEAD_DIM,
-                        MAX_SPLITS,
-                        BLOCK_G,
-                        BLOCK_D,
-                        BLOCK_S,
-                    )
+        v = tl.load(v_ptr + places, mask=visible[:, None] & is_column, other=0.0)
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+
+        if is_last:
+            out_row_ptr = out_ptr + seq * stride_out
+            num_splits = splits % 256
+            if num_splits == 1:
+                # A padding row has no keys: sum 0, output 0.
+                mixed = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+                out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
+                tl.store(out_ptrs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+            else:
+                place = first_place.to(tl.int64) + split
+                partial_ptrs = partial_ptr + (place * num_q_heads + heads)[:, None] * HEAD_DIM
+                tl.store(partial_ptrs + columns[None, :], acc, mask=mask)
+                stats_ptrs = stats_ptr + place * (2 * num_q_heads) + heads
+                tl.store(stats_ptrs, row_max, mask=is_row)
+                tl.store(stats_ptrs + num_q_heads, row_sum, mask=is_row)
+                if MERGE_HERE:
+                    arrival_ptr = arrivals_ptr + seq * NUM_KV_HEADS + kv_head
+                    num_before = num_splits - splits // 256 - 1
+                    if HAS_THREADS:
+                        _await_threads()
+                    if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
+                        tl.store(arrival_ptr, 0)
+                        _merge_splits(
+                            partial_ptr,
+                            stats_ptr,
+                            out_row_ptr,
+                            first_place.to(tl.int64),
+                            num_splits,
+                            kv_head,
+                            NUM_KV_HEADS,
+                            GROUP,
+                            HEAD_DIM,
+                            MAX_SPLITS,
+                            BLOCK_G,
+                            BLOCK_D,
+                            BLOCK_S,
+                        )
+        acc = tl.where(is_last, 0.0, acc)
+        row_max = tl.where(is_last, float("-inf"), row_max)
+        row_sum = tl.where(is_last, 0.0, row_sum)
+
+        # By selection, not by branches: the loads of tiles ahead follow from these numbers.
+        tile = tl.where(is_last, next_item[2], tile + BLOCK_N)
+        work = tl.where(is_last, next_work, work)
+        item = _choose_item(is_last, next_item, item)
+        next_work = work + num_programs
+        is_work = is_last & (next_work < num_works)
+        loaded = _load_item(items_ptr, next_work // NUM_KV_HEADS, is_work, HEADER, ITEM)
+        next_item = _choose_item(is_last, loaded, next_item)
+        table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
+        block_ids = load_block_ids(table_ptr, tile, item[3], BLOCK_N, BLOCK_SIZE)
 
 
 @triton.jit
@@ -403,7 +413,10 @@ def _merge_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
+    if USE_PDL:
+        follow_kernel_before()
     seq = tl.program_id(0).to(tl.int64)
     num_planned = seq + 1
     if counts_ptr is not None:
@@ -428,17 +441,6 @@ def _merge_kernel(
             )
 
 
-@dataclass(frozen=True)
-class NewTokens:
-    """What `rope_write_kv` takes besides qkv: see `reference.rope_write_kv`."""
-
-    cos_sin: torch.Tensor | None
-    q_norm_weight: torch.Tensor | None = None
-    k_norm_weight: torch.Tensor | None = None
-    norm_eps: float = 1e-6
-    norm_weight_offset: float = 0.0
-
-
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -451,12 +453,11 @@ def decode_attention(
     logit_softcap: float,
     tiles: DecodeTiles | None = None,
     tiles_of_prefixes: PrefixTiles | None = None,
-    new_tokens: NewTokens | None = None,
 ) -> None:
     """Attention of the leading `metadata.num_decodes` sequences, or `device_counts[0]` of them.
 
     Args:
-        q: [num_decodes, Hq, D]; with `new_tokens` [num_decodes, Hq + 2 Hkv, D], not yet rotated.
+        q: [num_decodes, Hq, D].
         k_cache: [N, block_size, Hkv, D]; block_size a power of two.
         v_cache: Likewise, with the same strides.
         metadata: Layout of the batch.
@@ -467,13 +468,9 @@ def decode_attention(
         logit_softcap: Bound of the scores; 0 for none.
         tiles: Launch shape; default `decode_tiles`.
         tiles_of_prefixes: Launch shape for shared prefixes; default `prefix_tiles`.
-        new_tokens: Rotate q and k, and store k and v, as `rope_write_kv` does before.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    if new_tokens is not None:
-        assert metadata.shared_prefixes is None, "prefixes are read before new tokens are rotated"
-        num_q_heads -= 2 * num_kv_heads
     group = num_q_heads // num_kv_heads
     tiles = tiles or decode_tiles(q.dtype, head_dim)
     tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
@@ -493,7 +490,6 @@ def decode_attention(
         num_places * num_kv_heads,
         num_multiprocessors(q.device) * tiles.programs_per_processor,
     )
-    new = new_tokens or NewTokens(None)
     use_pdl = tiles.use_pdl and q.is_cuda
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_g = triton.next_power_of_2(group)
@@ -538,31 +534,21 @@ def decode_attention(
         k_cache.stride(2),
         metadata.block_table.stride(0),
         out.stride(0),
-        new.cos_sin,
-        metadata.positions,
-        metadata.slot_mapping,
-        new.q_norm_weight,
-        new.k_norm_weight,
-        new.norm_eps,
-        new.norm_weight_offset,
         **merge,
         BLOCK_SIZE=block_size,
-        HAS_NEW_TOKENS=new_tokens is not None,
-        HALF_ROT=0 if new.cos_sin is None else new.cos_sin.shape[-1],
-        HAS_Q_NORM=new.q_norm_weight is not None,
-        HAS_K_NORM=new.k_norm_weight is not None,
-        HAS_NORM_OFFSET=new.norm_weight_offset != 0.0,
         WINDOW=sliding_window or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
         HEADER=HEADER,
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
         USE_PDL=use_pdl,
-        BLOCK_M=max(16, triton.next_power_of_2(group + 2 if new_tokens else group)),
+        HAS_THREADS=q.is_cuda,
+        BLOCK_M=max(16, block_g),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        maxnreg=tiles.max_registers,
         launch_pdl=use_pdl,
     )
     if not tiles.merge_here:
@@ -574,6 +560,8 @@ def decode_attention(
             out,
             out.stride(0),
             **merge,
+            USE_PDL=use_pdl,
             num_warps=4,
             enable_fp_fusion=True,
+            launch_pdl=use_pdl,
         )

@@ -151,6 +151,7 @@ def _plan_kernel(
     MAX_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
     PREFIX_SPLIT: tl.constexpr,
     MAX_PREFIX_SPLITS: tl.constexpr,
     PREFIX_TILE: tl.constexpr,
@@ -211,7 +212,10 @@ def _plan_kernel(
     tl.store(plan_ptr, num_items)
     if NUM_GROUPS > 0:
         num_items = 0
-        for group in range(NUM_GROUPS):
+        # Groups in use come first; a step without any waits for one load.
+        groups = tl.arange(0, BLOCK_GROUPS)
+        lens = tl.load(group_lens_ptr + groups, mask=groups < NUM_GROUPS, other=0)
+        for group in range(tl.sum((lens > 0).to(tl.int32), axis=0)):
             num_items = _plan_group(
                 prefix_items_ptr,
                 members_ptr,
@@ -291,6 +295,7 @@ def plan_decode(
         MAX_SPLITS=layout.max_splits,
         TILE=layout.tile,
         NUM_GROUPS=num_groups,
+        BLOCK_GROUPS=triton.next_power_of_2(max(num_groups, 1)),
         PREFIX_SPLIT=prefix_layout.keys.split,
         MAX_PREFIX_SPLITS=prefix_layout.keys.max_splits,
         PREFIX_TILE=prefix_layout.keys.tile,

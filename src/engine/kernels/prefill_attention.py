@@ -10,21 +10,14 @@ already stored the new ones: whole prompts, chunks and suffixes of cached prefix
 | q_ptr               | [T, Hq, D] bf16, fp16 or fp32         | stride 1 along D                  |
 | k_ptr, v_ptr        | [N, block_size, Hkv, D], same dtype   | equal strides, 1 along D          |
 | block_table_ptr     | [rows, max_blocks] int32              | stride 1 along blocks             |
-| block_rows_ptr      | [B] int64                             | row of the table; None: b has b   |
-| seq_lens_ptr        | [B] int32                             | KV length after the step          |
-| query_start_loc_ptr | [B + 1] int32                         | first row of q of each sequence   |
-| counts_ptr          | [2] int32                             | decoding and all sequences; None: |
-|                     |                                       | num_decodes, num_seqs             |
+| plan_ptr            | [HEADER + tiles * ITEM] int32         | see `prefill_plan`                |
 | out_ptr             | [T, Hq * D], q's dtype                | stride 1; rows of no sequence are |
 |                     |                                       | not written                       |
 
-Grid (programs,), which walk the list of (tile, KV head). A tile is BLOCK_Q query tokens of one
-sequence times the query heads of one KV head, packed as rows token-major: one pass over the keys
-serves the whole group, and few tokens (a short suffix, the diagonal) waste few rows. A batch has
-floor(tokens / BLOCK_Q) + sequences tiles; sequence s owns those from floor(start_s / BLOCK_Q) + s
-on, as in vLLM's unified Triton kernel (vllm-project/vllm, Apache-2.0), and tiles past a sequence's
-end are skipped. The list is walked from the last tile to the first: under the causal mask the last
-are the longest.
+Grid (programs,). A work item is one KV head of a tile: BLOCK_Q query tokens of one sequence, whose
+query heads of that KV head are packed as rows token-major. One pass over the keys serves the whole
+group, and few tokens (a short suffix, the diagonal) waste few rows. `prefill_plan` lists the tiles,
+the longest first, once per step.
 
 Eager, there is a program per item. In a captured step the list's length is known on the device
 only: programs are then a few times what the device holds at once, each takes every n-th item, and
@@ -39,9 +32,13 @@ depend neither on the batch nor on how its prompt was cut into chunks (a chunk o
 decode and rounds like one). Row and block offsets are int64. constexpr: what is fixed per model;
 token and sequence counts are not specialised.
 
+On Hopper, `prefill_hopper` serves most layers in this kernel's place: 16 bit, head_dim 64 or 128,
+no window, no soft-cap. Both round alike in kind but not in every bit; which one a layer has is
+fixed with the model, so a token's bits are its own either way.
+
 Tuning (`prefill_tiles`): 128 x 64 tiles of rows and keys, two warp groups (wgmma) and three stages
-for 16 bit up to D = 128; chosen from the published ones of Triton's attention tutorial, not yet
-measured.
+for 16 bit up to D = 128. H100, triton 3.6, 16k tokens, TFLOP/s at D = 128: 481; two stages 371,
+four 473; 128 keys and two stages 437; 64 rows, four warps and three stages 456.
 """
 
 # Kernels annotate their compile-time parameters only; the rest are Triton values.
@@ -63,6 +60,7 @@ from engine.kernels.attention_tiles import (
 )
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_hopper import can_attend, prefill_on_hopper
+from engine.kernels.prefill_plan import HEADER, ITEM, prefill_plan
 
 # Programs of a captured step, per multiprocessor. One is resident at a time; several share out the
 # work as they finish.
@@ -90,24 +88,6 @@ def prefill_tiles(dtype: torch.dtype, head_dim: int) -> PrefillTiles:
     if head_dim > 128:
         return PrefillTiles(128, 64, 2, 8)
     return PrefillTiles(128, 64, 3, 8)
-
-
-@triton.jit
-def _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q: tl.constexpr):
-    """Largest s with floor(start_s / BLOCK_Q) + s <= tile, counting prefilling sequences from 0.
-
-    All sequences are looked at, 256 at a time: one load's latency instead of a binary search's
-    chain of them.
-    """
-    num_before = num_prefills * 0
-    for first in range(0, num_prefills, 256):
-        prefills = first + tl.arange(0, 256)
-        is_prefill = prefills < num_prefills
-        start_ptrs = query_start_loc_ptr + num_decodes + prefills
-        starts = tl.load(start_ptrs, mask=is_prefill, other=0) - num_decodes
-        is_before = is_prefill & (starts // BLOCK_Q + prefills <= tile)
-        num_before += tl.sum(is_before.to(tl.int32), axis=0)
-    return num_before - 1
 
 
 @triton.jit
@@ -227,16 +207,11 @@ def _attend_causally(
 @triton.jit
 def _prefill_item(
     item,
-    num_decodes,
-    num_prefills,
-    num_tiles,
     q_ptr,
     k_ptr,
     v_ptr,
     block_table_ptr,
-    block_rows_ptr,
-    seq_lens_ptr,
-    query_start_loc_ptr,
+    plan_ptr,
     out_ptr,
     score_scale,
     softcap,
@@ -253,73 +228,62 @@ def _prefill_item(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_BLOCK_ROWS: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention of one (tile, KV head), or nothing where the tile is past its sequence's end."""
+    """Attention of one (tile, KV head)."""
+    kv_head = item % NUM_KV_HEADS
+    tile_ptr = plan_ptr + HEADER + item // NUM_KV_HEADS * ITEM
+    first_token = tl.load(tile_ptr)
+    num_tokens = tl.load(tile_ptr + 1)
+    first_position = tl.load(tile_ptr + 2)
+    table_row = tl.load(tile_ptr + 4).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
-    tile = num_tiles - 1 - item // NUM_KV_HEADS
-    kv_head = item % NUM_KV_HEADS
-    prefill = _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q)
-    seq = (num_decodes + prefill).to(tl.int64)
-    first_row = tl.load(query_start_loc_ptr + seq)
-    query_len = tl.load(query_start_loc_ptr + seq + 1) - first_row
-    first_query = (tile - (first_row - num_decodes) // BLOCK_Q - prefill) * BLOCK_Q
-    if first_query < query_len:
-        seq_len = tl.load(seq_lens_ptr + seq)
-        table_row = seq
-        if HAS_BLOCK_ROWS:
-            table_row = tl.load(block_rows_ptr + seq)
-        queries = first_query + rows // GROUP
-        heads = kv_head * GROUP + rows % GROUP
-        is_row = (rows < BLOCK_Q * GROUP) & (queries < query_len)
-        mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
-        tokens = (first_row + queries).to(tl.int64)
-        q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
-        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
-        mixed = _attend_causally(
-            q,
-            seq_len - query_len + queries,
-            seq_len - query_len + first_query,
-            tl.minimum(seq_len - query_len + first_query + BLOCK_Q, seq_len),
-            k_ptr + kv_head * stride_cache_head,
-            v_ptr + kv_head * stride_cache_head,
-            block_table_ptr + table_row * stride_table,
-            score_scale,
-            softcap,
-            stride_cache_block,
-            stride_cache_token,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_SIZE=BLOCK_SIZE,
-            WINDOW=WINDOW,
-            HAS_SOFTCAP=HAS_SOFTCAP,
-            KEY_ALIGNMENT=KEY_ALIGNMENT,
-            BLOCK_M=BLOCK_M,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-        )
-        out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
-        tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    queries = rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    mask = (queries < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
+    tokens = (first_token + queries).to(tl.int64)
+    q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
+    q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+    mixed = _attend_causally(
+        q,
+        first_position + queries,
+        first_position,
+        first_position + num_tokens,
+        k_ptr + kv_head * stride_cache_head,
+        v_ptr + kv_head * stride_cache_head,
+        block_table_ptr + table_row * stride_table,
+        score_scale,
+        softcap,
+        stride_cache_block,
+        stride_cache_token,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_SIZE=BLOCK_SIZE,
+        WINDOW=WINDOW,
+        HAS_SOFTCAP=HAS_SOFTCAP,
+        KEY_ALIGNMENT=KEY_ALIGNMENT,
+        BLOCK_M=BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        BLOCK_N=BLOCK_N,
+    )
+    out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
+    tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_seqs"])
+@triton.jit
 def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     block_table_ptr,
-    block_rows_ptr,
-    seq_lens_ptr,
-    query_start_loc_ptr,
-    counts_ptr,
+    plan_ptr,
     out_ptr,
-    num_decodes,
-    num_seqs,
     score_scale,
     softcap,
     stride_q_token,
@@ -335,38 +299,28 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_BLOCK_ROWS: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
+    IS_PERSISTENT: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    if HAS_COUNTS:
-        num_decodes = tl.load(counts_ptr)
-        num_seqs = tl.load(counts_ptr + 1)
-    num_prefills = num_seqs - num_decodes
-    num_tokens = tl.load(query_start_loc_ptr + num_seqs) - num_decodes
-    num_tiles = tl.where(num_prefills > 0, num_tokens // BLOCK_Q + num_prefills, 0)
     program = tl.program_id(0)
-    num_items = num_tiles * NUM_KV_HEADS
+    num_items = tl.load(plan_ptr) * NUM_KV_HEADS
     # A loop costs registers, at head_dim 64 enough of them to halve the resident programs: 317
-    # instead of 406 TFLOP/s. Eager launches have a program for every item and go without.
-    if HAS_COUNTS:
+    # instead of 406 TFLOP/s. Where every item has a program there is none.
+    if IS_PERSISTENT:
         for item in range(program, num_items, tl.num_programs(0)):
             _prefill_item(
                 item,
-                num_decodes,
-                num_prefills,
-                num_tiles,
                 q_ptr,
                 k_ptr,
                 v_ptr,
                 block_table_ptr,
-                block_rows_ptr,
-                seq_lens_ptr,
-                query_start_loc_ptr,
+                plan_ptr,
                 out_ptr,
                 score_scale,
                 softcap,
@@ -383,8 +337,9 @@ def _prefill_kernel(
                 BLOCK_SIZE=BLOCK_SIZE,
                 WINDOW=WINDOW,
                 HAS_SOFTCAP=HAS_SOFTCAP,
-                HAS_BLOCK_ROWS=HAS_BLOCK_ROWS,
                 KEY_ALIGNMENT=KEY_ALIGNMENT,
+                HEADER=HEADER,
+                ITEM=ITEM,
                 BLOCK_Q=BLOCK_Q,
                 BLOCK_M=BLOCK_M,
                 BLOCK_D=BLOCK_D,
@@ -393,16 +348,11 @@ def _prefill_kernel(
     elif program < num_items:
         _prefill_item(
             program,
-            num_decodes,
-            num_prefills,
-            num_tiles,
             q_ptr,
             k_ptr,
             v_ptr,
             block_table_ptr,
-            block_rows_ptr,
-            seq_lens_ptr,
-            query_start_loc_ptr,
+            plan_ptr,
             out_ptr,
             score_scale,
             softcap,
@@ -419,8 +369,9 @@ def _prefill_kernel(
             BLOCK_SIZE=BLOCK_SIZE,
             WINDOW=WINDOW,
             HAS_SOFTCAP=HAS_SOFTCAP,
-            HAS_BLOCK_ROWS=HAS_BLOCK_ROWS,
             KEY_ALIGNMENT=KEY_ALIGNMENT,
+            HEADER=HEADER,
+            ITEM=ITEM,
             BLOCK_Q=BLOCK_Q,
             BLOCK_M=BLOCK_M,
             BLOCK_D=BLOCK_D,
@@ -463,14 +414,10 @@ def prefill_attention(
     tiles = tiles or prefill_tiles(q.dtype, head_dim)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    counts = metadata.device_counts
-    if counts is None:
-        num_prefills = metadata.num_seqs - metadata.num_decodes
-        num_programs = (
-            (num_tokens - metadata.num_decodes) // block_q + num_prefills
-        ) * num_kv_heads
-    else:
-        num_programs = (num_tokens // block_q + metadata.max_prefills) * num_kv_heads
+    plan, max_tiles = prefill_plan(metadata, num_tokens, block_q)
+    num_programs = max_tiles * num_kv_heads
+    is_persistent = metadata.device_counts is not None
+    if is_persistent:
         num_programs = min(num_programs, PROGRAMS_PER_PROCESSOR * num_multiprocessors(q.device))
     if not num_programs:
         return
@@ -480,13 +427,8 @@ def prefill_attention(
         k_cache,
         v_cache,
         metadata.block_table,
-        metadata.block_rows,
-        metadata.seq_lens,
-        metadata.query_start_loc,
-        counts,
+        plan,
         out,
-        metadata.num_decodes,
-        metadata.num_seqs,
         score_scale,
         softcap,
         q.stride(0),
@@ -502,9 +444,10 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
-        HAS_BLOCK_ROWS=metadata.block_rows is not None,
-        HAS_COUNTS=counts is not None,
+        IS_PERSISTENT=is_persistent,
         KEY_ALIGNMENT=KEY_ALIGNMENT,
+        HEADER=HEADER,
+        ITEM=ITEM,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),

@@ -1,6 +1,6 @@
 """Prefill attention on Hopper (sm_90): copies by TMA, warp specialisation, overlapped products.
 
-The formula, the packing of query heads and the list of (tile, KV head) are those of
+The formula, the packing of query heads and the list of work items are those of
 `prefill_attention`, which hands over what this kernel can do: 16 bit, head_dim 64 and 128, no
 window, no soft-cap.
 
@@ -10,18 +10,14 @@ window, no soft-cap.
 | k_desc, v_desc      | [N * block_size, Hkv * D], q's     | TMA descriptors; boxes of one block   |
 |                     | dtype                              | (64 tokens at most) and 64 columns    |
 | block_table_ptr     | [rows, max_blocks] int32           | stride 1 along blocks                 |
-| block_rows_ptr      | [B] int64                          | row of the table; None: b has b       |
-| seq_lens_ptr        | [B] int32                          | KV length after the step              |
-| query_start_loc_ptr | [B + 1] int32                      | first row of q of each sequence       |
-| counts_ptr          | [2] int32                          | decoding and all sequences; None:     |
-|                     |                                    | num_decodes, num_seqs                 |
+| plan_ptr            | [HEADER + tiles * ITEM] int32      | see `prefill_plan`                    |
 | out_ptr             | [T, Hq * D], q's dtype             | stride 1; rows of no sequence are not |
 |                     |                                    | written                               |
 
-Grid (programs,). A program has three roles, which walk the same items:
+Grid (programs,). A program's warps have roles, which walk the same items:
 
-    loader      1 warp    block table -> TMA of keys and values into rings of STAGES tiles
-    consumers   4 warps   64 rows of the tile each, all keys of the tile
+    loader           1 warp         block table -> TMA of keys and values into rings of STAGES tiles
+    2 or 3 consumers 4 warps each   64 rows of the tile each, all keys of the tile
 
     ring slot:  loader waits `empty`, arms `full` with the bytes and copies; a consumer waits for
                 `full`, multiplies and arrives at `empty`, which counts one arrival per consumer
@@ -35,6 +31,8 @@ BLOCK_N at a time: a token's bits depend on the keys it sees alone. Whole blocks
 after a query are masked; values after the sequence's end are stale, perhaps NaN, and zeroed in
 shared memory before the last product. Row offsets are int64, rows of the descriptors int32.
 constexpr: what is fixed per model; token and sequence counts are not specialised.
+
+Captured steps launch one program per multiprocessor, eager ones one per item.
 """
 
 # Kernels annotate their compile-time parameters only; the rest are Gluon values.
@@ -53,29 +51,45 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.attention_tiles import LOG2_E, num_multiprocessors
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_plan import prefill_plan
 from engine.kernels.prefill_roles import attend, load
 
+ROWS = 64  # of a consumer: one wgmma
+LOADER_REGISTERS = 24  # of a thread; the least there is
 _BOX_COLUMNS = 64  # 128 bytes, the widest swizzle
-
-# Registers of a thread: at the launch, then of consumers and loader. The loader's warp group has
-# three idle warps; the first consumer gets what the others leave of 3 * 168.
-MAX_REGISTERS = 168
-_CONSUMER_REGISTERS = gl.constexpr(240)
-_LOADER_REGISTERS = gl.constexpr(24)
 
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """Launch shape: rows of each of the two consumers, keys per tile, tiles in each ring."""
+    """Launch shape: consumers (2 or 3), keys per tile, tiles in each ring."""
 
-    rows: int
+    consumers: int
     block_n: int
     stages: int
 
+    @property
+    def max_registers(self) -> int:
+        """Registers of every thread at the launch: a fair share of 64 Ki.
 
-def hopper_tiles(head_dim: int) -> HopperTiles:
-    """Tiles for a head size."""
-    return HopperTiles(64, 128, 2 if head_dim > 64 else 3)
+        The loader's warp group has three idle warps.
+        """
+        return 65536 // (128 * (self.consumers + 1)) // 8 * 8
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers of a consumer's thread, once the loader has given up what it does not need."""
+        spare = self.max_registers * (self.consumers + 1) - LOADER_REGISTERS
+        return spare // self.consumers // 8 * 8
+
+
+def hopper_tiles(head_dim: int, num_tokens: int) -> HopperTiles:
+    """Tiles for a head size and a step of T tokens; a row's bits are the same with any.
+
+    (Were `block_n` to depend on T, they would not be.)
+    """
+    if head_dim > 64:
+        return HopperTiles(2, 128, 2)
+    return HopperTiles(3 if num_tokens >= 4096 else 2, 128, 3)
 
 
 @functools.cache
@@ -106,19 +120,14 @@ def can_attend(
     )
 
 
-@gluon.jit(do_not_specialize=["num_decodes", "num_seqs"])
+@gluon.jit
 def _prefill_hopper_kernel(
     q_ptr,
     k_desc,
     v_desc,
     block_table_ptr,
-    block_rows_ptr,
-    seq_lens_ptr,
-    query_start_loc_ptr,
-    counts_ptr,
+    plan_ptr,
     out_ptr,
-    num_decodes,
-    num_seqs,
     score_scale,
     stride_q_token,
     stride_q_head,
@@ -128,9 +137,9 @@ def _prefill_hopper_kernel(
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    HAS_BLOCK_ROWS: gl.constexpr,
-    HAS_COUNTS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -138,7 +147,7 @@ def _prefill_hopper_kernel(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     tile_of: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     bar_of: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], tile_of)
+    q_ring = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, HEAD_DIM], tile_of)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_of)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_of)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
@@ -148,79 +157,137 @@ def _prefill_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
     bars = (k_full, k_empty, v_full, v_empty)
-    # Tuples with constants are written out: a variable would turn the constants into values.
-    gl.warp_specialize(
-        [
-            (
-                attend,
+    # The arguments are written out: a variable would turn the constants among them into values.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    rings,
-                    bars,
-                    (q_ptr, out_ptr, seq_lens_ptr, query_start_loc_ptr, counts_ptr),
-                    num_decodes,
-                    num_seqs,
-                    score_scale,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_out,
-                    gl.constexpr(0),
-                    NUM_KV_HEADS,
-                    GROUP,
-                    HAS_COUNTS,
-                    BLOCK_Q,
-                ),
-            ),
-            (
-                attend,
-                (
-                    rings,
-                    bars,
-                    (q_ptr, out_ptr, seq_lens_ptr, query_start_loc_ptr, counts_ptr),
-                    num_decodes,
-                    num_seqs,
-                    score_scale,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_out,
-                    gl.constexpr(1),
-                    NUM_KV_HEADS,
-                    GROUP,
-                    HAS_COUNTS,
-                    BLOCK_Q,
-                ),
-            ),
-            (
-                load,
-                (
-                    (k_desc, v_desc),
-                    rings,
-                    bars,
+                    attend,
                     (
-                        block_table_ptr,
-                        block_rows_ptr,
-                        seq_lens_ptr,
-                        query_start_loc_ptr,
-                        counts_ptr,
+                        rings,
+                        bars,
+                        plan_ptr,
+                        q_ptr,
+                        out_ptr,
+                        score_scale,
+                        stride_q_token,
+                        stride_q_head,
+                        stride_out,
+                        gl.constexpr(0),
+                        NUM_KV_HEADS,
+                        GROUP,
                     ),
-                    num_decodes,
-                    num_seqs,
-                    stride_table,
-                    NUM_KV_HEADS,
-                    BLOCK_SIZE,
-                    HAS_BLOCK_ROWS,
-                    HAS_COUNTS,
-                    BLOCK_Q,
                 ),
-            ),
-        ],
-        [4, 1],
-        [_CONSUMER_REGISTERS, _LOADER_REGISTERS],
-    )
+                (
+                    attend,
+                    (
+                        rings,
+                        bars,
+                        plan_ptr,
+                        q_ptr,
+                        out_ptr,
+                        score_scale,
+                        stride_q_token,
+                        stride_q_head,
+                        stride_out,
+                        gl.constexpr(1),
+                        NUM_KV_HEADS,
+                        GROUP,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        (k_desc, v_desc),
+                        rings,
+                        bars,
+                        plan_ptr,
+                        block_table_ptr,
+                        stride_table,
+                        NUM_KV_HEADS,
+                        BLOCK_SIZE,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    attend,
+                    (
+                        rings,
+                        bars,
+                        plan_ptr,
+                        q_ptr,
+                        out_ptr,
+                        score_scale,
+                        stride_q_token,
+                        stride_q_head,
+                        stride_out,
+                        gl.constexpr(0),
+                        NUM_KV_HEADS,
+                        GROUP,
+                    ),
+                ),
+                (
+                    attend,
+                    (
+                        rings,
+                        bars,
+                        plan_ptr,
+                        q_ptr,
+                        out_ptr,
+                        score_scale,
+                        stride_q_token,
+                        stride_q_head,
+                        stride_out,
+                        gl.constexpr(1),
+                        NUM_KV_HEADS,
+                        GROUP,
+                    ),
+                ),
+                (
+                    attend,
+                    (
+                        rings,
+                        bars,
+                        plan_ptr,
+                        q_ptr,
+                        out_ptr,
+                        score_scale,
+                        stride_q_token,
+                        stride_q_head,
+                        stride_out,
+                        gl.constexpr(2),
+                        NUM_KV_HEADS,
+                        GROUP,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        (k_desc, v_desc),
+                        rings,
+                        bars,
+                        plan_ptr,
+                        block_table_ptr,
+                        stride_table,
+                        NUM_KV_HEADS,
+                        BLOCK_SIZE,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS],
+        )
 
 
 def prefill_on_hopper(
@@ -237,15 +304,10 @@ def prefill_on_hopper(
     num_tokens, num_q_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads = k_cache.shape[:3]
     group = num_q_heads // num_kv_heads
-    tiles = tiles or hopper_tiles(head_dim)
-    block_q = 2 * tiles.rows // group
-    counts = metadata.device_counts
-    if counts is None:
-        num_prefills = metadata.num_seqs - metadata.num_decodes
-        num_tokens -= metadata.num_decodes
-        num_programs = (num_tokens // block_q + num_prefills) * num_kv_heads
-    else:
-        num_programs = (num_tokens // block_q + metadata.max_prefills) * num_kv_heads
+    tiles = tiles or hopper_tiles(head_dim, num_tokens)
+    plan, max_tiles = prefill_plan(metadata, num_tokens, tiles.consumers * ROWS // group)
+    num_programs = max_tiles * num_kv_heads
+    if metadata.device_counts is not None:
         num_programs = min(num_programs, num_multiprocessors(q.device))
     if not num_programs:
         return
@@ -260,13 +322,8 @@ def prefill_on_hopper(
         k_desc,
         v_desc,
         metadata.block_table,
-        metadata.block_rows,
-        metadata.seq_lens,
-        metadata.query_start_loc,
-        counts,
+        plan,
         out,
-        metadata.num_decodes,
-        metadata.num_seqs,
         softmax_scale * LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -276,13 +333,13 @@ def prefill_on_hopper(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        HAS_BLOCK_ROWS=metadata.block_rows is not None,
-        HAS_COUNTS=counts is not None,
-        BLOCK_Q=block_q,
-        ROWS=tiles.rows,
+        CONSUMERS=tiles.consumers,
+        CONSUMER_REGISTERS=tiles.consumer_registers,
+        LOADER_REGISTERS=LOADER_REGISTERS,
+        ROWS=ROWS,
         BLOCK_N=tiles.block_n,
         STAGES=tiles.stages,
         num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=tiles.max_registers,
         enable_fp_fusion=True,
     )

@@ -18,71 +18,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from engine.kernels import prefill_plan
+
 # Names that changed between triton 3.6 and 3.9.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+HEADER = gl.constexpr(prefill_plan.HEADER)
+ITEM = gl.constexpr(prefill_plan.ITEM)
 _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _batch(
-    query_start_loc_ptr,
-    counts_ptr,
-    num_decodes,
-    num_seqs,
-    BLOCK_Q: gl.constexpr,
-    HAS_COUNTS: gl.constexpr,
-):
-    """(decoding sequences, prefilling sequences, tiles) of the step."""
-    if HAS_COUNTS:
-        num_decodes = gl.load(counts_ptr)
-        num_seqs = gl.load(counts_ptr + 1)
-    num_prefills = num_seqs - num_decodes
-    num_tokens = gl.load(query_start_loc_ptr + num_seqs) - num_decodes
-    num_tiles = gl.where(num_prefills > 0, num_tokens // BLOCK_Q + num_prefills, 0)
-    return num_decodes, num_prefills, num_tiles
-
-
-@gluon.jit
-def _place(
-    item,
-    query_start_loc_ptr,
-    seq_lens_ptr,
-    num_decodes,
-    num_prefills,
-    num_tiles,
-    NUM_KV_HEADS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-):
-    """(KV head, sequence, its first row, query_len and seq_len, first query) of an item."""
-    tile = num_tiles - 1 - item // NUM_KV_HEADS
-    low = num_prefills * 0
-    high = num_prefills
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = gl.load(query_start_loc_ptr + num_decodes + middle) - num_decodes
-        if start // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    seq = num_decodes + low
-    first_row = gl.load(query_start_loc_ptr + seq)
-    query_len = gl.load(query_start_loc_ptr + seq + 1) - first_row
-    seq_len = gl.load(seq_lens_ptr + seq)
-    first_query = (tile - (first_row - num_decodes) // BLOCK_Q - low) * BLOCK_Q
-    return item % NUM_KV_HEADS, seq, first_row, query_len, seq_len, first_query
-
-
-@gluon.jit
-def _item(first_item):
+def _item_of_round(first_item):
     """The program's item of a round; every other round is dealt from the other end.
 
-    Items get cheaper from the first to the last, so that this evens out what programs have to do.
+    Items get cheaper from first to last, so that this evens out what programs have to do.
     """
     program = gl.program_id(0)
     num_programs = gl.num_programs(0)
     is_reversed = (first_item // num_programs) & 1 == 1
     return first_item + gl.where(is_reversed, num_programs - 1 - program, program)
+
+
+@gluon.jit
+def _tile(plan_ptr, item, num_items, NUM_KV_HEADS: gl.constexpr):
+    """(first token, number of tokens, first position, seq_len, table row); no tokens: no item."""
+    tile_ptr = plan_ptr + HEADER + item // NUM_KV_HEADS * ITEM
+    is_item = item < num_items
+    return (
+        gl.load(tile_ptr, mask=is_item, other=0),
+        gl.load(tile_ptr + 1, mask=is_item, other=0),
+        gl.load(tile_ptr + 2, mask=is_item, other=0),
+        gl.load(tile_ptr + 3, mask=is_item, other=0),
+        gl.load(tile_ptr + 4, mask=is_item, other=0),
+    )
 
 
 @gluon.jit
@@ -137,49 +106,30 @@ def load(
     descs,
     rings,
     bars,
-    pointers,
-    num_decodes,
-    num_seqs,
+    plan_ptr,
+    block_table_ptr,
     stride_table,
     NUM_KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    HAS_BLOCK_ROWS: gl.constexpr,
-    HAS_COUNTS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
 ):
     """The loader: every item's keys and values through the rings, one tile of each at a time."""
     k_desc, v_desc = descs
     _q_ring, k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = bars
-    block_table_ptr, block_rows_ptr, seq_lens_ptr, query_start_loc_ptr, counts_ptr = pointers
     head_dim: gl.constexpr = k_ring.type.shape[2]
     block_n: gl.constexpr = k_ring.type.shape[1]
-    num_decodes, num_prefills, num_tiles = _batch(
-        query_start_loc_ptr, counts_ptr, num_decodes, num_seqs, BLOCK_Q, HAS_COUNTS
-    )
-    num_items = num_tiles * NUM_KV_HEADS
+    num_items = gl.load(plan_ptr) * NUM_KV_HEADS
     count = 0
     for first_item in range(0, num_items, gl.num_programs(0)):
-        item = _item(first_item)
-        kv_head, seq, _first_row, query_len, seq_len, first_query = _place(
-            gl.minimum(item, num_items - 1),
-            query_start_loc_ptr,
-            seq_lens_ptr,
-            num_decodes,
-            num_prefills,
-            num_tiles,
-            NUM_KV_HEADS,
-            BLOCK_Q,
+        item = _item_of_round(first_item)
+        _token, num_tokens, first_position, seq_len, table_row = _tile(
+            plan_ptr, item, num_items, NUM_KV_HEADS
         )
-        if (item < num_items) & (first_query < query_len):
-            end = gl.minimum(seq_len - query_len + first_query + BLOCK_Q, seq_len)
-            table_row = seq.to(gl.int64)
-            if HAS_BLOCK_ROWS:
-                table_row = gl.load(block_rows_ptr + seq)
-            table_ptr = block_table_ptr + table_row * stride_table
-            column = kv_head * head_dim
+        if num_tokens > 0:
+            table_ptr = block_table_ptr + table_row.to(gl.int64) * stride_table
+            column = item % NUM_KV_HEADS * head_dim
             last_key = seq_len - 1
-            for key in range(0, end, block_n):
+            for key in range(0, first_position + num_tokens, block_n):
                 _copy_tile(
                     k_desc,
                     k_ring,
@@ -284,9 +234,9 @@ def _attend_tiles(
 def attend(
     rings,
     bars,
-    pointers,
-    num_decodes,
-    num_seqs,
+    plan_ptr,
+    q_ptr,
+    out_ptr,
     score_scale,
     stride_q_token,
     stride_q_head,
@@ -294,13 +244,10 @@ def attend(
     CONSUMER: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
-    HAS_COUNTS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
 ):
     """One consumer: its 64 rows of every item."""
     q_ring, k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = bars
-    q_ptr, out_ptr, seq_lens_ptr, query_start_loc_ptr, counts_ptr = pointers
     rows: gl.constexpr = q_ring.type.shape[1]
     head_dim: gl.constexpr = q_ring.type.shape[2]
     stages: gl.constexpr = k_ring.type.shape[0]
@@ -313,33 +260,28 @@ def attend(
     memory_of: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0]
     )
-    num_decodes, num_prefills, num_tiles = _batch(
-        query_start_loc_ptr, counts_ptr, num_decodes, num_seqs, BLOCK_Q, HAS_COUNTS
-    )
-    num_items = num_tiles * NUM_KV_HEADS
+    num_items = gl.load(plan_ptr) * NUM_KV_HEADS
     q_tile = q_ring.index(CONSUMER)
-    count = 0  # of tiles, which says where in the rings they are
+    count = 0  # of tiles of keys, which says where in the rings they are
+    item = _item_of_round(0)
+    first_token, num_tokens, first_position, seq_len, _row = _tile(
+        plan_ptr, item, num_items, NUM_KV_HEADS
+    )
     for first_item in range(0, num_items, gl.num_programs(0)):
-        item = _item(first_item)
-        kv_head, _seq, first_row, query_len, seq_len, first_query = _place(
-            gl.minimum(item, num_items - 1),
-            query_start_loc_ptr,
-            seq_lens_ptr,
-            num_decodes,
-            num_prefills,
-            num_tiles,
-            NUM_KV_HEADS,
-            BLOCK_Q,
+        # On its way while this item is computed.
+        next_item = _item_of_round(first_item + gl.num_programs(0))
+        next_token, next_num_tokens, next_position, next_seq_len, _row = _tile(
+            plan_ptr, next_item, num_items, NUM_KV_HEADS
         )
-        if (item < num_items) & (first_query < query_len):
-            num_computed = seq_len - query_len
-            end = gl.minimum(num_computed + first_query + BLOCK_Q, seq_len)
+        if num_tokens > 0:
+            kv_head = item % NUM_KV_HEADS
+            end = first_position + num_tokens
 
             row = CONSUMER * rows + gl.arange(0, rows, gl.SliceLayout(1, memory_of))
             column = gl.arange(0, head_dim, gl.SliceLayout(0, memory_of))
-            query = first_query + row // GROUP
-            is_row = (row < BLOCK_Q * GROUP) & (query < query_len)
-            offset = (first_row + query).to(gl.int64) * stride_q_token
+            query = row // GROUP
+            is_row = query < num_tokens
+            offset = (first_token + query).to(gl.int64) * stride_q_token
             offset += (kv_head * GROUP + row % GROUP) * stride_q_head
             q_ptrs = q_ptr + offset[:, None] + column[None, :]
             q = gl.load(q_ptrs, mask=is_row[:, None], other=0.0)
@@ -349,8 +291,7 @@ def attend(
             _barrier()
 
             row = CONSUMER * rows + gl.arange(0, rows, gl.SliceLayout(1, scores_of))
-            positions = num_computed + first_query + row // GROUP
-            first_position = num_computed + first_query + CONSUMER * rows // GROUP
+            positions = first_position + row // GROUP
             acc = gl.zeros([rows, head_dim], gl.float32, acc_of)
             zeros = gl.zeros([rows, block_n], gl.float32, scores_of)
             row_max = gl.full([rows], float("-inf"), gl.float32, gl.SliceLayout(1, scores_of))
@@ -369,7 +310,9 @@ def attend(
             mbarrier.wait(next_bar, ((count + 1) // stages) & 1, pred=block_n < end)
             operand = gl.convert_layout(weights.to(dtype), operand_of)
 
-            diagonal = gl.maximum((first_position + 1) // block_n * block_n, block_n)
+            # Keys that all rows see; a consumer whose rows lie after the end has as many tiles.
+            diagonal = gl.minimum(first_position + CONSUMER * rows // GROUP + 1, end)
+            diagonal = gl.maximum(diagonal // block_n * block_n, block_n)
             acc, operand, row_max, row_sum, count = _attend_tiles(
                 acc,
                 operand,
@@ -423,9 +366,14 @@ def attend(
 
             row = CONSUMER * rows + gl.arange(0, rows, gl.SliceLayout(1, acc_of))
             column = gl.arange(0, head_dim, gl.SliceLayout(0, acc_of))
-            query = first_query + row // GROUP
-            is_row = (row < BLOCK_Q * GROUP) & (query < query_len)
-            offset = (first_row + query).to(gl.int64) * stride_out
+            query = row // GROUP
+            is_row = query < num_tokens
+            offset = (first_token + query).to(gl.int64) * stride_out
             offset += (kv_head * GROUP + row % GROUP) * head_dim
             out_ptrs = out_ptr + offset[:, None] + column[None, :]
             gl.store(out_ptrs, mixed.to(dtype), mask=is_row[:, None])
+        item = next_item
+        first_token = next_token
+        num_tokens = next_num_tokens
+        first_position = next_position
+        seq_len = next_seq_len

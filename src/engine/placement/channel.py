@@ -86,20 +86,33 @@ class MessageWriter:
         self._lock = threading.Lock()
         self._frames: deque[_Frame] = deque()
 
-    def write(self, message: tuple[Any, ...]) -> None:
-        """Send a message; does nothing when nobody is there to read it."""
+    def write(self, message: tuple[Any, ...], timeout: float | None = None) -> None:
+        """Send a message; does nothing when nobody is there to read it.
+
+        Args:
+            message: Anything that pickle takes.
+            timeout: Seconds to wait at most for another thread's write; after them the message is
+                not sent.
+        """
         frame = _Frame(pack(message))
-        with self._lock:
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            return
+        try:
             self._frames.append(frame)
-            while self._frames:
-                first = self._frames[0]
-                rest = first.data[sum(first.sent) :]
-                if not rest:
-                    self._frames.popleft()
-                    continue
-                try:
-                    # One step for Python's signal handlers: either nothing was sent, or `sent`
-                    # knows how much.
-                    first.sent.extend(map(self._sock.send, (rest,)))
-                except OSError:
-                    self._frames.clear()
+            self._send_frames()
+        finally:
+            self._lock.release()
+
+    def _send_frames(self) -> None:
+        while self._frames:
+            first = self._frames[0]
+            rest = first.data[sum(first.sent) :]
+            if not rest:
+                self._frames.popleft()
+                continue
+            try:
+                # One step for Python's signal handlers: either nothing was sent, or `sent` knows
+                # how much.
+                first.sent.extend(map(self._sock.send, (rest,)))
+            except OSError:
+                self._frames.clear()

@@ -198,7 +198,7 @@ class RemoteHost:
             self._hang_up()
             return False
         if drain:
-            self._writer.write(("drain",))
+            self._writer.write(("drain",), timeout)
             self._reader.join(timeout)
         if self._reader.is_alive():
             self._hang_up()

@@ -171,6 +171,8 @@ def main(socket_fd: int) -> None:
     # Ctrl-C is the parent's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # What this process starts, such as a compiler, must not keep the parent from seeing its end.
+    os.set_inheritable(socket_fd, False)
     _Worker(socket.socket(fileno=socket_fd)).serve()
 
 

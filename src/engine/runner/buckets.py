@@ -6,7 +6,6 @@ import bisect
 
 _FEWEST_TOKENS = 32
 _FEW_SEQS = 32
-_MANY_SEQS = 128
 _MOST_TOKENS_OF_FEW_SEQS = 1024
 
 
@@ -25,11 +24,12 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def token_sizes(max_num_tokens: int) -> list[int]:
-    """Token counts of mixed steps: four to an octave, so that an eighth is padding on average."""
+    """Token counts of mixed steps: two to an octave, and four where a step computes for long."""
     sizes = []
     octave = _FEWEST_TOKENS
     while octave < max_num_tokens:
-        sizes += [octave + quarter * octave // 4 for quarter in range(4)]
+        parts = 2 if octave < _MOST_TOKENS_OF_FEW_SEQS else 4
+        sizes += [octave + part * octave // parts for part in range(parts)]
         octave *= 2
     return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
 
@@ -37,15 +37,15 @@ def token_sizes(max_num_tokens: int) -> list[int]:
 def mixed_sizes(max_num_tokens: int, max_num_seqs: int) -> list[tuple[int, int]]:
     """(sequences, tokens) of mixed steps.
 
-    Short steps come in up to three widths, because each sequence costs a row of logits: for a
-    small model with a large vocabulary those cost more than the tokens. Long steps come in one.
+    Short steps come in two widths, because each sequence costs a row of logits: for a small model
+    with a large vocabulary those cost more than the tokens. Long steps come in one.
     """
     pairs = []
     for num_tokens in token_sizes(max_num_tokens):
         widest = min(max_num_seqs, num_tokens)
         widths = {widest}
         if num_tokens <= _MOST_TOKENS_OF_FEW_SEQS:
-            widths |= {width for width in (_FEW_SEQS, _MANY_SEQS) if width < widest}
+            widths |= {min(_FEW_SEQS, widest)}
         pairs += [(width, num_tokens) for width in sorted(widths)]
     return pairs
 

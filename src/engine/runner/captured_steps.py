@@ -2,7 +2,8 @@
 
 An eager step costs hundreds of launches at about 21 µs of host time each; a captured one costs two:
 
-    forward graph   (B sequences, T tokens)   slot ─► inputs ─► forward ─► logits
+    forward graph   (B sequences, T tokens,   slot ─► inputs ─► forward ─► logits
+                     with prefix groups or without)
     sampling graph  (B, sampler variant)      logits ─► ids ─► last tokens, results, launch count
 
 Pure decode and mixed steps are captured alike. Sizes are padded to a ladder (`buckets.py`); what
@@ -14,6 +15,7 @@ new sampler variant captures a handful of kernels and not the model again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +30,15 @@ from engine.runner.buckets import Ladder
 from engine.runner.graph_launcher import CapturedGraph, GraphLauncher
 from engine.runner.sampler import Sampler, SamplerVariant
 from engine.runner.step_slots import StepSlots, StepTicket
+
+
+class _Size(NamedTuple):
+    """What distinguishes forward graphs."""
+
+    num_seqs: int
+    num_tokens: int
+    is_pure_decode: bool
+    has_prefix_groups: bool = False
 
 
 class CapturedSteps:
@@ -66,7 +77,7 @@ class CapturedSteps:
             (config.max_num_seqs, model.config.vocab_size), dtype=config.dtype, device=config.device
         )
         self._token_ids = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
-        self._forwards: dict[tuple[int, int, bool], CapturedGraph] = {}
+        self._forwards: dict[_Size, CapturedGraph] = {}
         self._samplings: dict[tuple[int, SamplerVariant], CapturedGraph] = {}
 
     def launch(
@@ -90,7 +101,8 @@ class CapturedSteps:
             num_seqs = num_tokens = self._ladder.decode_size(batch.num_seqs)
         else:
             num_seqs, num_tokens = self._ladder.mixed_size(batch.num_seqs, batch.num_tokens)
-        forward = self._forward_graph(num_seqs, num_tokens, is_pure_decode)
+        size = _Size(num_seqs, num_tokens, is_pure_decode, bool(batch.prefix_groups))
+        forward = self._forward_graph(size)
         sampling = self._sampling_graph(num_seqs, variant)
         rows, words = self._sampler.take_changed_settings()
         if not self._slots.write(batch, table, rows, words, needs_ids=needs_ids):
@@ -107,29 +119,28 @@ class CapturedSteps:
         return self._token_ids[:num_seqs], self._logits[:num_seqs]
 
     def warm_up(self, variant: SamplerVariant) -> None:
-        """Capture every size, with the sampling of one variant.
+        """Capture every size without prefix groups, with the sampling of one variant.
 
         Largest first: the shared memory pool is then laid out once and only reused.
         """
         for num_seqs, num_tokens in reversed(self._ladder.mixed):
-            self._forward_graph(num_seqs, num_tokens, is_pure_decode=False)
+            self._forward_graph(_Size(num_seqs, num_tokens, is_pure_decode=False))
             self._sampling_graph(num_seqs, variant)
         for num_seqs in reversed(self._ladder.decode):
-            self._forward_graph(num_seqs, num_seqs, is_pure_decode=True)
+            self._forward_graph(_Size(num_seqs, num_seqs, is_pure_decode=True))
             self._sampling_graph(num_seqs, variant)
 
     # ---------------------------------------------------------------- captures
 
-    def _forward_graph(self, num_seqs: int, num_tokens: int, is_pure_decode: bool) -> CapturedGraph:
-        key = (num_seqs, num_tokens, is_pure_decode)
-        graph = self._forwards.get(key)
+    def _forward_graph(self, size: _Size) -> CapturedGraph:
+        graph = self._forwards.get(size)
         if graph is None:
             # Once without capture, as a step without sequences: compiles kernels, lets the
             # libraries make their workspaces, and touches nothing a sequence owns.
             self._slots.write_empty()
-            self._run_forward(*key)
-            graph = self._launcher.capture(lambda: self._run_forward(*key))
-            self._forwards[key] = graph
+            self._run_forward(size)
+            graph = self._launcher.capture(lambda: self._run_forward(size))
+            self._forwards[size] = graph
         return graph
 
     def _sampling_graph(self, num_seqs: int, variant: SamplerVariant) -> CapturedGraph:
@@ -150,8 +161,9 @@ class CapturedSteps:
             self._samplings[key] = graph
         return graph
 
-    def _run_forward(self, num_seqs: int, num_tokens: int, is_pure_decode: bool) -> None:
-        inputs = self._inputs.narrow(num_seqs, num_tokens)
+    def _run_forward(self, size: _Size) -> None:
+        num_seqs, is_pure_decode = size.num_seqs, size.is_pure_decode
+        inputs = self._inputs.narrow(num_seqs, size.num_tokens)
         begin_captured_step(
             self._slots.state, inputs, self._block_size, is_pure_decode=is_pure_decode
         )
@@ -163,12 +175,12 @@ class CapturedSteps:
             query_lens=inputs.query_lens,
             query_start_loc=inputs.query_start_loc,
             num_decodes=num_seqs,
-            max_query_len=1 if is_pure_decode else num_tokens,
+            max_query_len=1 if is_pure_decode else size.num_tokens,
             max_seq_len=self._max_model_len,
             block_rows=inputs.block_rows,
             device_counts=inputs.device_counts,
             max_prefills=0 if is_pure_decode else num_seqs,
-            shared_prefixes=inputs.shared_prefixes,
+            shared_prefixes=inputs.shared_prefixes if size.has_prefix_groups else None,
         )
         hidden = self._model.forward(inputs.input_ids, self._kv_caches, metadata)
         if not is_pure_decode:

@@ -165,11 +165,15 @@ class SamplingState:
     def live_variant(self) -> SamplerVariant:
         """The variant of all rows together, whoever of them is in the batch.
 
-        Worked out anew only after a row has changed: reductions over arrays give up the GIL, and a
-        step beside a busy thread must not.
+        Worked out anew only after a row has changed, and without giving up the GIL.
         """
         if self._live_variant is None:
-            self._live_variant = self.variant(np.arange(self._num_rows))
+            has_sparse = bool(np.count_nonzero(self._has_sparse))
+            self._live_variant = SamplerVariant(
+                draw=int(self._draws.max()),
+                sparse_width=self.sparse.shape[2] if has_sparse and self.sparse is not None else 0,
+                has_penalties=bool(np.count_nonzero(self._has_penalties)),
+            )
         return self._live_variant
 
     def flush(self) -> None:
@@ -197,7 +201,7 @@ class SamplingState:
         """State indices [R] with new settings and their words [R, 16]; they count as sent."""
         rows = np.fromiter(self._changed_settings, np.int32, len(self._changed_settings))
         self._changed_settings.clear()
-        return rows, self.settings[rows]
+        return rows, self.settings[rows.astype(np.intp)]
 
     def _upload(
         self, table: torch.Tensor, host: npt.NDArray[np.int32], changed_rows: set[int]

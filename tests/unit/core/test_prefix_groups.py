@@ -34,7 +34,7 @@ class Tables:
 
     def find(self, rows: list[int]) -> list[tuple[list[int], int]]:
         groups = PrefixGroups(self.as_table(), BLOCK_SIZE)
-        order = np.array(rows, np.int32)
+        order = np.array(rows, np.intp)
         found = groups.find(order, self.num_computed[order])
         return [([rows[m] for m in group.members.tolist()], group.num_blocks) for group in found]
 
@@ -104,7 +104,7 @@ def test_groups_follow_the_batch() -> None:
         tables.put(row, prefix, 1)
     finder = PrefixGroups(tables.as_table(), BLOCK_SIZE)
     for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 3, 5, 1], [7, 3, 5], [9, 7, 3, 5, 1, 2]):
-        order = np.array(rows, np.int32)
+        order = np.array(rows, np.intp)
         found = finder.find(order, tables.num_computed[order])
         assert finder.find(order.copy(), tables.num_computed[order]) == found
         shared = [place for place, row in enumerate(rows) if row < 8]
@@ -118,7 +118,7 @@ def test_a_new_owner_of_a_row_is_looked_at_anew() -> None:
     for row in range(6):
         tables.put(row, prefix, 1)
     finder = PrefixGroups(tables.as_table(), BLOCK_SIZE)
-    rows = np.arange(6, dtype=np.int32)
+    rows = np.arange(6)
     assert len(finder.find(rows, tables.num_computed[rows])[0].members) == 6
     tables.put(2, [], 11)
     tables.epoch[2] += 1

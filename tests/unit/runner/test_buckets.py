@@ -33,7 +33,9 @@ def test_every_step_finds_the_smallest_size_that_holds_it(max_seqs: int, max_tok
 def test_the_waste_is_bounded() -> None:
     tokens = token_sizes(8192)
     assert tokens[-1] == 8192
-    assert all(above <= 1.26 * below for below, above in itertools.pairwise(tokens))
+    assert all(above <= 1.51 * below for below, above in itertools.pairwise(tokens))
+    long = [size for size in tokens if size >= 1024]
+    assert all(above <= 1.26 * below for below, above in itertools.pairwise(long))
     sizes = decode_sizes(512)
     assert sizes[-1] == 512
     large = [size for size in sizes if size >= 64]
@@ -41,5 +43,5 @@ def test_the_waste_is_bounded() -> None:
 
 
 def test_the_number_of_captures_is_bounded() -> None:
-    # About 15 ms each on a slow host: a second and a half of a start.
-    assert len(mixed_sizes(8192, 512)) + len(decode_sizes(512)) < 110
+    # Some 40 ms each on a slow host.
+    assert len(mixed_sizes(8192, 512)) + len(decode_sizes(512)) <= 60
