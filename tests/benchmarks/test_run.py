@@ -111,13 +111,36 @@ def plan_for(tmp_path, *arguments):
 def test_a_job_over_its_time_is_killed_and_its_rows_stay(tmp_path, capfd):
     plan = plan_for(tmp_path)
     job = Job("table", "tiny/all", {"shape": "tiny", "placement": "default"}, ())
-    marker = f"{tmp_path}/rows.jsonl"
     started_s = time.monotonic()
     assert not run_job(job, plan, 0.5)
     assert time.monotonic() - started_s < 10.0
     assert "ended early" in capfd.readouterr().out
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert marker not in left
+    assert f"{tmp_path}/rows.jsonl" not in running_commands()
+
+
+def test_a_run_that_is_stopped_takes_its_child_along(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SCRIPT, "--quick", "--device", "cpu", "--commit", "abc1234"),
+            *("--only", "table", "--rows", rows),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + 60.0
+    while not rows.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.terminate()
+    assert "--resume" in process.communicate(timeout=30.0)[1]
+    assert str(rows) not in running_commands()
+    assert load_rows(rows)
+
+
+def running_commands():
+    """Command lines of everything that runs."""
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_job_that_fails_is_told_of(tmp_path, capfd):
