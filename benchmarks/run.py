@@ -165,6 +165,8 @@ def main() -> None:
         plan = Plan.from_json(plan_text)
         section_module(section).measure(plan, plan.open_rows(), **json.loads(arguments))
         return
+    # Children are in sessions of their own: stopped like this, they must not stay on the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped. --resume goes on from here."))
     plan = make_plan(options)
     usual = GPU_SECTIONS if plan.device == "cuda" else CPU_SECTIONS
     names = _chosen(options.only, list(usual), SECTIONS, "section")
