@@ -24,11 +24,13 @@ from engine.errors import CheckpointError
 from engine.kernels import dispatch, few_row_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
+from engine.layers.block_linear import StepRows
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear, TiedLinear, can_pack
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import build_cos_sin
+from engine.models.block_loading import BlockSource, load_blocks
 from engine.models.description import DecoderConfig
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -193,6 +195,7 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         self.max_model_len = max_model_len or config.max_position_embeddings
+        self.step_rows = StepRows()
         self.embedding = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -255,8 +258,13 @@ class Decoder:
             yield from weights
 
     @torch.inference_mode()
-    def load(self, checkpoint: WeightSource) -> None:
+    def load(self, checkpoint: WeightSource, blocks: BlockSource | None = None) -> None:
         """Fill every weight straight into its final place; call once.
+
+        Args:
+            checkpoint: Has every weight.
+            blocks: The checkpoint again, where its quantised weights are to stay as they are
+                (see `block_loading`); those of other kinds and shapes are decoded as without.
 
         Rotary buffers of old checkpoints and an `lm_head.weight` beside tied embeddings are left
         unread. Checkpoints of the bare model, without the `model.` prefix, are accepted.
@@ -270,8 +278,11 @@ class Decoder:
             if "embed_tokens.weight" in names:
                 prefix = ""
             self._check_names(names, prefix)
+        loaded = set() if blocks is None else load_blocks(self, blocks, prefix, self.step_rows)
         for group, weights in self._groups():
             for name, view in weights:
+                if name.removeprefix("model.") in loaded:
+                    continue
                 checkpoint.read_into(_checkpoint_name(name, prefix), view)
             if isinstance(group, DecoderLayer | Linear):
                 group.finish_loading()
@@ -292,6 +303,7 @@ class Decoder:
             metadata: Layout of the batch; positions below `max_model_len`.
         """
         dispatch.begin_step(metadata)
+        self.step_rows.num_decodes = metadata.num_decodes
         if self._max_fused_tokens >= input_ids.shape[0]:
             return self._forward_few_rows(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
@@ -317,7 +329,8 @@ class Decoder:
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits, new [R, V] in the model's dtype, of R rows of `forward`'s result.
 
-        The dtype is transformers' choice, too; a sampler widens what it needs.
+        The dtype is transformers' choice, too; a sampler widens what it needs. Quantised output
+        projections give float32.
         """
         logits = self.lm_head(hidden)
         if self.config.logits_scale != 1.0:

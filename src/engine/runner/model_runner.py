@@ -22,6 +22,7 @@ from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder
+from engine.runner.free_cores import ThreadChooser
 from engine.runner.pending_step import DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
@@ -61,6 +62,7 @@ class ModelRunner:
         self._uploader: DeviceUploader | None = None
         self._state: DeviceState | None = None
         self._graphs: StepGraphs | None = None
+        self.threads = None if self._is_cuda else ThreadChooser(config.requested.num_threads)
         if self._is_cuda:
             num_buffers = config.max_steps_in_flight + 1
             self._uploader = DeviceUploader(config.device, 2 * num_buffers)
@@ -81,6 +83,8 @@ class ModelRunner:
         Raises:
             RuntimeError: torch's own exception; the sequences of `batch` must be ended.
         """
+        if self.threads is not None:
+            self.threads.adjust()
         self._load_new_rows(batch)
         self._ban_bad_words(batch)
         self.sampler.flush()
