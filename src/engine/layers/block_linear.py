@@ -63,8 +63,10 @@ class BlockLinear(Linear):
             return weight.of_decoding(x)
         if num_decodes == 0:
             return weight.of_prompts(x)
-        decoded = weight.of_decoding(x[:num_decodes])
-        return torch.cat((decoded, weight.of_prompts(x[num_decodes:])))
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        y[:num_decodes] = weight.of_decoding(x[:num_decodes])
+        weight.of_prompts(x[num_decodes:], y[num_decodes:])
+        return y
 
 
 class BlockEmbedding(Embedding):

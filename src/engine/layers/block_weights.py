@@ -30,13 +30,17 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from engine.layers.row_sizes import in_parts
+from engine.layers.row_sizes import in_parts, rows_of_next_part
 
 GROUP_COLUMNS = 32
 """Columns that share a scale."""
 _PANEL_ROWS = 64
 """Rows of the weight that torch's int4 layout keeps together on AVX-512."""
+
+_PROMPT_ROWS = (16, 32, 64, 128, 256, 512)
+"""Rows of a product of prompts; 2.5 MB of oneDNN's code each for the demo model's shapes."""
 
 _MAX_CODE = 127
 _HALF_BYTE = 128
@@ -97,10 +101,21 @@ class FourBitWeight:
         )
         return product
 
-    def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for two rows and more of prompts."""
+    def of_prompts(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for rows of prompts, into `out` [M, N] if that is given."""
         weight = self._decoded()
-        return in_parts(x, lambda part: torch.mm(part, weight))
+        y = x.new_empty(x.shape[0], self.shape[0]) if out is None else out
+        start = 0
+        while start < x.shape[0]:
+            part = rows_of_next_part(x.shape[0] - start, _PROMPT_ROWS)
+            rows = x[start : start + part]
+            missing = part - rows.shape[0]
+            if missing:
+                y[start:] = torch.mm(F.pad(rows, (0, 0, 0, missing)), weight)[: rows.shape[0]]
+            else:
+                torch.mm(rows, weight, out=y[start : start + part])
+            start += part
+        return y
 
     def _decoded(self) -> torch.Tensor:
         """[K, N] bfloat16 in the shared room, valid until the next weight is decoded."""

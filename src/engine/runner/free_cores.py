@@ -45,6 +45,7 @@ class ThreadChooser:
     Args:
         num_threads: A fixed number; None to follow the free cores.
         read_times: For tests.
+        count_others: For tests.
         set_threads: For tests.
     """
 
@@ -53,10 +54,12 @@ class ThreadChooser:
         num_threads: int | None,
         *,
         read_times: Callable[[], CpuTimes | None] | None = None,
+        count_others: Callable[[], int] | None = None,
         set_threads: Callable[[int], None] = set_own_num_threads,
     ) -> None:
         self._most = num_threads or default_num_threads()
         self._read_times = read_times or _read_times
+        self._count_others = count_others or _count_others
         self._set_threads = set_threads
         self._next_look_s = 0.0
         self._before: CpuTimes | None = None
@@ -64,7 +67,14 @@ class ThreadChooser:
         self.num_threads = self._most
 
     def start(self) -> None:
-        """Set the number for the calling thread; call first, in the engine thread."""
+        """Set the number for the calling thread; call first, in the engine thread.
+
+        The first guess is who wants to run at this moment.
+        """
+        if not self._is_fixed:
+            self.num_threads = max(1, self._most - self._count_others())
+            self._before = self._read_times()
+            self._next_look_s = time.perf_counter() + _INTERVAL_S
         self._set_threads(self.num_threads)
 
     def adjust(self) -> None:
@@ -91,6 +101,15 @@ class ThreadChooser:
         )
         others = max(0.0, now.busy_s - before.busy_s - team_s) / elapsed_s
         return max(1, min(self._most, int(self._most - others + 0.5)))
+
+
+def _count_others() -> int:
+    """Threads of the whole system that run or wait for a core, but for the calling one."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as loadavg:
+            return max(0, int(loadavg.read().split()[3].split("/")[0]) - 1)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _read_times() -> CpuTimes | None:

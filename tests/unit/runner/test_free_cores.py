@@ -23,7 +23,7 @@ def chooser_over(
     totals = {"clock": 0.0, "busy": 0.0, "process": 0.0, "thread": 0.0}
     numbers: list[int] = []
     chooser = ThreadChooser(
-        None, read_times=lambda: read(), set_threads=lambda number: numbers.append(number)
+        None, read_times=lambda: read(), count_others=lambda: 0, set_threads=numbers.append
     )
 
     def read() -> CpuTimes:
@@ -46,7 +46,7 @@ def chooser_over(
 def test_threads_are_the_cores_left(
     monkeypatch: pytest.MonkeyPatch, others: float, application: float, expected: int
 ) -> None:
-    chooser, numbers = chooser_over(monkeypatch, iter([(others, 0.9, application)] * 3))
+    chooser, numbers = chooser_over(monkeypatch, iter([(others, 0.9, application)] * 4))
     assert numbers == [4]
     for _ in range(3):
         chooser.adjust()
@@ -57,7 +57,7 @@ def test_threads_are_the_cores_left(
 def test_threads_come_back_when_the_others_go(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [(0.0, 1.0, 0.0), (1.0, 0.6, 0.0), (1.0, 1.0, 0.0), (0.0, 1.0, 0.0)]
     chooser, numbers = chooser_over(monkeypatch, iter(loads), cores=2)
-    for _ in loads:
+    for _ in loads[1:]:
         chooser.adjust()
     assert numbers == [2, 1, 2]
 
@@ -65,8 +65,22 @@ def test_threads_come_back_when_the_others_go(monkeypatch: pytest.MonkeyPatch) -
 def test_an_idle_engine_counts_nobodys_time_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser, _ = chooser_over(monkeypatch, iter([(0.0, 0.0, 0.0), (1.0, 0.0, 0.0)]), cores=2)
     chooser.adjust()
-    chooser.adjust()
     assert chooser.num_threads == 1
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0, 4), (1, 3), (3, 1), (50, 1)])
+def test_the_first_guess_is_who_runs_now(
+    monkeypatch: pytest.MonkeyPatch, others: int, expected: int
+) -> None:
+    monkeypatch.setattr(free_cores, "default_num_threads", lambda: 4)
+    numbers: list[int] = []
+    ThreadChooser(
+        None,
+        read_times=lambda: None,
+        count_others=lambda: others,
+        set_threads=numbers.append,
+    ).start()
+    assert numbers == [expected]
 
 
 def test_a_number_that_was_asked_for_stays() -> None:
@@ -84,7 +98,10 @@ def test_a_number_that_was_asked_for_stays() -> None:
 
 def test_without_proc_stat_the_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(free_cores, "default_num_threads", lambda: 4)
-    chooser = ThreadChooser(None, read_times=lambda: None, set_threads=lambda _: None)
+    chooser = ThreadChooser(
+        None, read_times=lambda: None, count_others=lambda: 0, set_threads=lambda _: None
+    )
+    chooser.start()
     chooser.adjust()
     chooser.adjust()
     assert chooser.num_threads == 4
