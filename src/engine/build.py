@@ -17,8 +17,8 @@ from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE
 from engine.loader.resolve import ModelFiles, resolve_model
-from engine.models.block_loading import runs_blocks
 from engine.models.decoder import Decoder, weight_bytes
+from engine.models.quantised_loading import can_run_quantised
 from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
 from engine.runner.model_runner import ModelRunner
@@ -237,7 +237,7 @@ def runs_quantised(
     """
     is_wanted = config.dtype == "auto" and files.gguf is not None and config.load_format != "dummy"
     can_run = device.type == "cpu" and dtype is torch.bfloat16
-    return is_wanted and can_run and runs_blocks()
+    return is_wanted and can_run and can_run_quantised()
 
 
 def _quantised_bytes(files: ModelFiles, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError, UnsupportedModelError, nearest_name_hint
 from engine.loader.folder import INDEX_FILE, SINGLE_FILE, read_weight_map
-from engine.loader.gguf_blocks import BITS_OF_TYPE, StoredBlocks
+from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix
 from engine.loader.gguf_names import hf_tensor_names, interleaved_view, num_interleaved_heads
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Checkpoint(abc.ABC):
             UnsupportedModelError: It is stored in an encoding that is not loaded.
         """
 
-    def blocks(self, name: str) -> StoredBlocks | None:
+    def quantised(self, name: str) -> QuantisedMatrix | None:
         """The matrix of that name as it is stored, if that is in blocks of 32 codes; else None."""
         return None
 
@@ -198,7 +198,7 @@ class GGUFCheckpoint(Checkpoint):
         with torch.no_grad():
             self._file.read_into(gguf_name, interleaved_view(out, num_heads) if num_heads else out)
 
-    def blocks(self, name: str) -> StoredBlocks | None:
+    def quantised(self, name: str) -> QuantisedMatrix | None:
         """A Q4_0, Q4_1 or Q8_0 matrix in its blocks; None for other tensors."""
         gguf_name = self._gguf_names.get(name)
         if gguf_name is None or len(self._shapes[name]) != 2:
@@ -207,7 +207,7 @@ class GGUFCheckpoint(Checkpoint):
         if type_name not in BITS_OF_TYPE:
             return None
         num_heads = self._num_interleaved_heads(gguf_name)
-        return StoredBlocks(self._file.raw(gguf_name), type_name, num_heads)
+        return QuantisedMatrix(self._file.raw(gguf_name), type_name, num_heads)
 
     def close(self) -> None:
         """Read nothing more. The file stays open: tokenizer and embedding may still need it."""

@@ -1,4 +1,4 @@
-"""GGUF's blocks of 32 numbers, taken apart without decoding them: codes, scales and minima.
+"""GGUF's blocks of 32 numbers, taken apart without expanding them: codes, scales and minima.
 
 A row of a quantised matrix is a run of blocks. `value = code * scale + minimum`, with
 
@@ -30,7 +30,7 @@ _HEADER_BYTES: Final[Mapping[str, int]] = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BlockWeight:
+class QuantisedRows:
     """Rows of a quantised matrix: `codes * scales + minima`, one scale for 32 columns.
 
     Attributes:
@@ -43,14 +43,14 @@ class BlockWeight:
     scales: torch.Tensor
     minima: torch.Tensor
 
-    def decode(self) -> torch.Tensor:
+    def expand(self) -> torch.Tensor:
         """The numbers, new [rows, K] float32."""
         blocks = self.codes.view(*self.scales.shape, BLOCK_COLUMNS).float()
         return blocks.mul_(self.scales[..., None]).add_(self.minima[..., None]).flatten(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StoredBlocks:
+class QuantisedMatrix:
     """A quantised matrix where it lies in its file; nothing is read before it is asked for.
 
     Attributes:
@@ -77,7 +77,7 @@ class StoredBlocks:
         rows, bytes_per_row = self.encoded.shape
         return rows, bytes_per_row // bytes_per_block * BLOCK_COLUMNS
 
-    def read(self) -> BlockWeight:
+    def read(self) -> QuantisedRows:
         """All rows, in Hugging Face's order."""
         encoded = self.encoded
         if self.num_heads:
@@ -85,13 +85,13 @@ class StoredBlocks:
             encoded = per_head.swapaxes(1, 2).reshape(encoded.shape)
         return split_blocks(encoded, self.type_name)
 
-    def take(self, rows: torch.Tensor) -> BlockWeight:
+    def take(self, rows: torch.Tensor) -> QuantisedRows:
         """Rows [R] int64 of a matrix that is not interleaved."""
         assert not self.num_heads, "rows of heads lie in another order"
         return split_blocks(self.encoded[rows.numpy()], self.type_name)
 
 
-def split_blocks(encoded: npt.NDArray[np.uint8], type_name: str) -> BlockWeight:
+def split_blocks(encoded: npt.NDArray[np.uint8], type_name: str) -> QuantisedRows:
     """Take rows of blocks apart.
 
     Args:
@@ -105,9 +105,9 @@ def split_blocks(encoded: npt.NDArray[np.uint8], type_name: str) -> BlockWeight:
     scales = factors[..., 0].contiguous()
     if bits == 8:
         codes = torch.from_numpy(blocks[..., header:].copy().view(np.int8))
-        return BlockWeight(codes.view(rows, -1), scales, torch.zeros_like(scales))
+        return QuantisedRows(codes.view(rows, -1), scales, torch.zeros_like(scales))
     halves = np.empty((*blocks.shape[:2], 2, BLOCK_COLUMNS // 2), np.uint8)
     np.bitwise_and(blocks[..., header:], 15, out=halves[:, :, 0])
     np.right_shift(blocks[..., header:], 4, out=halves[:, :, 1])
     minima = factors[..., 1].contiguous() if type_name == "Q4_1" else scales * -8.0
-    return BlockWeight(torch.from_numpy(halves).view(rows, -1), scales, minima)
+    return QuantisedRows(torch.from_numpy(halves).view(rows, -1), scales, minima)

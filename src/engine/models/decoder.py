@@ -24,14 +24,14 @@ from engine.errors import CheckpointError
 from engine.kernels import dispatch, few_row_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
-from engine.layers.block_linear import StepRows
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear, TiedLinear, can_pack
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
-from engine.models.block_loading import BlockSource, load_blocks
 from engine.models.description import DecoderConfig
+from engine.models.quantised_loading import QuantisedSource, load_quantised
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
@@ -258,13 +258,13 @@ class Decoder:
             yield from weights
 
     @torch.inference_mode()
-    def load(self, checkpoint: WeightSource, blocks: BlockSource | None = None) -> None:
+    def load(self, checkpoint: WeightSource, quantised: QuantisedSource | None = None) -> None:
         """Fill every weight straight into its final place; call once.
 
         Args:
             checkpoint: Has every weight.
-            blocks: The checkpoint again, where its quantised weights are to stay as they are
-                (see `block_loading`); those of other kinds and shapes are decoded as without.
+            quantised: The checkpoint again, where its quantised weights are to stay as they are
+                (see `quantised_loading`); those of other kinds and shapes are expanded as without.
 
         Rotary buffers of old checkpoints and an `lm_head.weight` beside tied embeddings are left
         unread. Checkpoints of the bare model, without the `model.` prefix, are accepted.
@@ -278,7 +278,9 @@ class Decoder:
             if "embed_tokens.weight" in names:
                 prefix = ""
             self._check_names(names, prefix)
-        loaded = set() if blocks is None else load_blocks(self, blocks, prefix, self.step_rows)
+        loaded = (
+            set() if quantised is None else load_quantised(self, quantised, prefix, self.step_rows)
+        )
         for group, weights in self._groups():
             for name, view in weights:
                 if name.removeprefix("model.") in loaded:

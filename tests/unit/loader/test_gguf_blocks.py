@@ -1,4 +1,4 @@
-"""Blocks taken apart hold the numbers that the `gguf` package decodes."""
+"""Blocks taken apart hold the numbers that the `gguf` package gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from engine.loader.gguf_blocks import BITS_OF_TYPE, StoredBlocks, split_blocks
+from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix, split_blocks
 
 
 def encoded_matrix(type_name: str) -> np.ndarray:
@@ -17,28 +17,28 @@ def encoded_matrix(type_name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type_name", BITS_OF_TYPE)
-def test_decoded_numbers_are_those_of_the_gguf_package(type_name: str) -> None:
+def test_expanded_numbers_are_those_of_the_gguf_package(type_name: str) -> None:
     encoded = encoded_matrix(type_name)
     blocks = split_blocks(encoded, type_name)
     expected = gguf.quants.dequantize(encoded, GGMLQuantizationType[type_name])
     assert blocks.codes.shape == (24, 96)
     assert blocks.codes.dtype == (torch.int8 if BITS_OF_TYPE[type_name] == 8 else torch.uint8)
     # One rounding more or less: code times scale plus minimum in float32, in another order.
-    np.testing.assert_allclose(blocks.decode().numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(blocks.expand().numpy(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("type_name", BITS_OF_TYPE)
 def test_rows_can_be_taken_alone(type_name: str) -> None:
-    stored = StoredBlocks(encoded_matrix(type_name), type_name)
+    stored = QuantisedMatrix(encoded_matrix(type_name), type_name)
     assert stored.shape == (24, 96)
     rows = torch.tensor([5, 0, 23, 5])
-    assert torch.equal(stored.take(rows).decode(), stored.read().decode()[rows])
+    assert torch.equal(stored.take(rows).expand(), stored.read().expand()[rows])
 
 
 def test_interleaved_heads_come_in_hugging_faces_order() -> None:
     encoded = encoded_matrix("Q4_1")
-    plain = StoredBlocks(encoded, "Q4_1").read().decode()
-    turned = StoredBlocks(encoded, "Q4_1", num_heads=3).read().decode()
+    plain = QuantisedMatrix(encoded, "Q4_1").read().expand()
+    turned = QuantisedMatrix(encoded, "Q4_1", num_heads=3).read().expand()
     # Row j of half h of a head of 8 rows is row 2j + h of that head in the file.
     for head in range(3):
         for half in range(2):

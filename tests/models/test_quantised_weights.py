@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engine.layers.block_linear import BlockLinear, StepRows
-from engine.layers.block_weights import (
+from engine.layers.quantised_linear import QuantisedLinear, StepRows
+from engine.layers.quantised_weights import (
     EightBitWeight,
     ExpansionRoom,
     FourBitWeight,
@@ -153,7 +153,7 @@ def test_a_mixed_step_gives_each_row_the_product_of_its_phase() -> None:
     rows = StepRows()
     weight = FourBitWeight(*four_bit_parts(128, 64), ExpansionRoom())
     bias = torch.randn(128).to(torch.bfloat16)
-    linear = BlockLinear(weight, bias, rows)
+    linear = QuantisedLinear(weight, bias, rows)
     x = inputs(7, 64)
     rows.num_decodes = 3
     expected = torch.cat((weight.of_decoding(x[:3]), weight.of_prompts(x[3:]))) + bias
@@ -162,4 +162,4 @@ def test_a_mixed_step_gives_each_row_the_product_of_its_phase() -> None:
     assert torch.equal(linear(x), weight.of_decoding(x) + bias)
     rows.num_decodes = 0
     assert torch.equal(linear(x), weight.of_prompts(x) + bias)
-    assert torch.equal(BlockLinear(weight, bias, None)(x), weight.of_decoding(x) + bias)
+    assert torch.equal(QuantisedLinear(weight, bias, None)(x), weight.of_decoding(x) + bias)

@@ -1,4 +1,4 @@
-"""Put the weights that a checkpoint has in blocks into a `Decoder` without decoding them."""
+"""Put the weights that a checkpoint has in blocks into a `Decoder` without expanding them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.layers.block_linear import BlockEmbedding, BlockLinear, StepRows
-from engine.layers.block_weights import (
+from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear, StepRows
+from engine.layers.quantised_weights import (
     EightBitWeight,
     ExpansionRoom,
     FourBitWeight,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.models.decoder import Decoder
 
 
-class BlockWeight(Protocol):
+class QuantisedRows(Protocol):
     """Rows of a quantised matrix: `codes * scales + minima`, one scale for 32 columns."""
 
     @property
@@ -36,11 +36,11 @@ class BlockWeight(Protocol):
     def minima(self) -> torch.Tensor:
         """[N, K / 32] float32; zeros for 8 bits."""
 
-    def decode(self) -> torch.Tensor:
+    def expand(self) -> torch.Tensor:
         """The numbers, new [N, K] float32."""
 
 
-class StoredBlocks(Protocol):
+class QuantisedMatrix(Protocol):
     """A quantised matrix in its file."""
 
     @property
@@ -51,33 +51,35 @@ class StoredBlocks(Protocol):
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
 
-    def read(self) -> BlockWeight:
+    def read(self) -> QuantisedRows:
         """All rows."""
 
-    def take(self, rows: torch.Tensor) -> BlockWeight:
+    def take(self, rows: torch.Tensor) -> QuantisedRows:
         """Some rows, by number [R] int64."""
 
 
-class BlockSource(Protocol):
+class QuantisedSource(Protocol):
     """A checkpoint with quantised matrices."""
 
-    def blocks(self, name: str) -> StoredBlocks | None:
+    def quantised(self, name: str) -> QuantisedMatrix | None:
         """The matrix of that name if it is quantised in blocks of 32, else None."""
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """As in `WeightSource`."""
 
 
-def runs_blocks() -> bool:
+def can_run_quantised() -> bool:
     """Whether this machine has the products for quantised weights."""
     return has_four_bit_product() and has_eight_bit_product()
 
 
-def load_blocks(decoder: Decoder, source: BlockSource, prefix: str, rows: StepRows) -> set[str]:
+def load_quantised(
+    decoder: Decoder, source: QuantisedSource, prefix: str, rows: StepRows
+) -> set[str]:
     """Replace every layer of `decoder` whose weights `source` has in blocks; call before loading.
 
     Several merged weights must all have codes of one size, and the shape must suit the product;
-    what does not stays for `Decoder.load` to decode.
+    what does not stays for `Decoder.load` to expand.
 
     Args:
         decoder: Nothing loaded yet.
@@ -93,7 +95,7 @@ def load_blocks(decoder: Decoder, source: BlockSource, prefix: str, rows: StepRo
     for owner, attribute, stem in _linears(decoder):
         linear: Linear = getattr(owner, attribute)
         names = [stem + name for name in linear.parts]
-        stored = [source.blocks(f"{prefix}{name}.weight") for name in names]
+        stored = [source.quantised(f"{prefix}{name}.weight") for name in names]
         weight = _merged_weight(stored, decoder.dtype, room)
         if weight is None:
             continue
@@ -101,7 +103,7 @@ def load_blocks(decoder: Decoder, source: BlockSource, prefix: str, rows: StepRo
             for name, view in linear.named_weights():
                 if name.endswith(".bias"):
                     source.read_into(f"{prefix}{stem}{name}", view)
-        setattr(owner, attribute, BlockLinear(weight, linear.bias, rows))
+        setattr(owner, attribute, QuantisedLinear(weight, linear.bias, rows))
         kinds = ("weight",) if linear.bias is None else ("weight", "bias")
         loaded.update(f"{name}.{kind}" for name in names for kind in kinds)
     loaded |= _load_ends(decoder, source, prefix, room)
@@ -118,28 +120,30 @@ def _linears(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
         yield layer.mlp, "down_proj", f"{stem}mlp."
 
 
-def _load_ends(decoder: Decoder, source: BlockSource, prefix: str, room: ExpansionRoom) -> set[str]:
+def _load_ends(
+    decoder: Decoder, source: QuantisedSource, prefix: str, room: ExpansionRoom
+) -> set[str]:
     """Embedding and output projection. A tied pair is replaced together or not at all."""
     is_tied = decoder.config.tie_word_embeddings
-    embedding = source.blocks(f"{prefix}embed_tokens.weight")
-    output = embedding if is_tied else source.blocks("lm_head.weight")
+    embedding = source.quantised(f"{prefix}embed_tokens.weight")
+    output = embedding if is_tied else source.quantised("lm_head.weight")
     loaded = set()
     # The logits stay in float32, whatever the model's dtype: rounded they would tie.
     weight = _merged_weight([output], torch.float32, room)
     if weight is not None:
-        decoder.lm_head = BlockLinear(weight, None, None)
+        decoder.lm_head = QuantisedLinear(weight, None, None)
         loaded.add("lm_head.weight")
     if embedding is not None and (weight is not None or not is_tied):
         stored = embedding
-        decoder.embedding = BlockEmbedding(
-            lambda ids: stored.take(ids).decode(), decoder.embedding.scale, decoder.dtype
+        decoder.embedding = QuantisedEmbedding(
+            lambda ids: stored.take(ids).expand(), decoder.embedding.scale, decoder.dtype
         )
         loaded.add("embed_tokens.weight")
     return loaded
 
 
 def _merged_weight(
-    parts: list[StoredBlocks | None], out_dtype: torch.dtype, room: ExpansionRoom
+    parts: list[QuantisedMatrix | None], out_dtype: torch.dtype, room: ExpansionRoom
 ) -> FourBitWeight | EightBitWeight | None:
     """One weight of the parts below each other, None where the products do not take them."""
     found = [part for part in parts if part is not None]
