@@ -51,22 +51,9 @@ class QuantisedLinear(Linear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Product with x [T, in_features], contiguous: new [T, out_features]."""
-        y = self._product(x)
+        rows = self._rows
+        y = self._weight(x, x.shape[0] if rows is None else rows.num_decodes)
         return y if self.bias is None else y.add_(self.bias)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._weight
-        if isinstance(weight, EightBitWeight):
-            return weight(x)
-        num_decodes = x.shape[0] if self._rows is None else self._rows.num_decodes
-        if num_decodes >= x.shape[0]:
-            return weight.of_decoding(x)
-        if num_decodes == 0:
-            return weight.of_prompts(x)
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        y[:num_decodes] = weight.of_decoding(x[:num_decodes])
-        weight.of_prompts(x[num_decodes:], y[num_decodes:])
-        return y
 
 
 class QuantisedEmbedding(Embedding):

@@ -52,8 +52,9 @@ _EIGHT_BIT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MOST_SUM_BYTES = 16 << 20
 """float32 sums of one part of an 8-bit product; bounds the memory of a large vocabulary."""
 
-_int4_pack: Any = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
-_int4_product: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
+# Not from torch.ops: those calls go through Python, which is felt 120 times a step.
+_int4_pack: Any = getattr(torch, "_convert_weight_to_int4pack_for_cpu", None)
+_int4_product: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
 
 
 class ExpansionRoom:
@@ -95,6 +96,17 @@ class FourBitWeight:
     def accepts(num_rows: int, num_columns: int) -> bool:
         """Whether the product takes a weight of this shape."""
         return num_rows % _PANEL_ROWS == 0 and num_columns % GROUP_COLUMNS == 0
+
+    def __call__(self, x: torch.Tensor, num_decodes: int) -> torch.Tensor:
+        """Product with x [M, K] bfloat16, contiguous, whose first rows decode: new [M, N]."""
+        if num_decodes >= x.shape[0]:
+            return self.of_decoding(x)
+        if num_decodes == 0:
+            return self.of_prompts(x)
+        y = x.new_empty(x.shape[0], self.shape[0])
+        y[:num_decodes] = self.of_decoding(x[:num_decodes])
+        self.of_prompts(x[num_decodes:], y[num_decodes:])
+        return y
 
     def of_decoding(self, x: torch.Tensor) -> torch.Tensor:
         """Product with x [M, K] bfloat16, contiguous: new [M, N] bfloat16."""
@@ -158,8 +170,8 @@ class EightBitWeight:
         most_rows = max(1, _MOST_SUM_BYTES // (2 * 4 * num_rows))
         self._part_sizes = tuple(size for size in _EIGHT_BIT_ROWS if size <= most_rows)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Product with x [M, K], contiguous: new [M, N]."""
+    def __call__(self, x: torch.Tensor, num_decodes: int = 0) -> torch.Tensor:
+        """Product with x [M, K], contiguous: new [M, N]. Rows that decode are as all others."""
         return in_parts(x, self._of_part, self._part_sizes)
 
     def _of_part(self, x: torch.Tensor) -> torch.Tensor:
