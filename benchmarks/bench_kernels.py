@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from environment import print_table, write_rows
 
 from engine.kernels import dispatch
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 PEAK_GB_PER_S = 3000.0  # measured copy bandwidth of an H100 SXM; its data sheet says 3350
 PEAK_TFLOP_PER_S = 700.0  # bf16 as cuBLAS reaches it; 989 on the data sheet
@@ -55,6 +56,12 @@ SHAPES = (
     Shape("8B", 4096, 14336, 32, 8, 128),
 )
 DECODES = ((1, 32768), (32, 600), (256, 800), (512, 100))
+PREFILLS = {
+    "16k": [(0, 16384)],
+    "second chunk": [(8192, 7808)],
+    "64 x 128": [(0, 128)] * 64,
+    "suffixes 64 x 64 after 4096": [(4096, 64)] * 64,
+}
 CPU_DECODES = ((1, 256), (8, 256), (64, 256), (1, 2048), (8, 2048))
 
 
@@ -174,6 +181,52 @@ def attention_row(
         if new > 1
         else 0.0,
         baseline=sdpa if computed == 0 or new == 1 else None,
+    )
+
+
+def shared_prefix_row(
+    shape: Shape,
+    num_seqs: int,
+    num_blocks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int = 64,
+) -> Row:
+    """Decodes of two blocks each behind a common prefix; the baseline reads it for each of them."""
+    length = (num_blocks + 2) * block_size
+    metadata = metadata_of([(length - 1, 1)] * num_seqs, block_size, device)
+    metadata.block_table[:, :num_blocks] = metadata.block_table[0, :num_blocks]
+    prefix_len = num_blocks * block_size
+
+    def integers(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    shared = SharedPrefixes(
+        members=integers(*range(num_seqs)),
+        member_start=integers(0, *[num_seqs] * 16),
+        group_lens=integers(prefix_len, *[0] * 15),
+        prefix_lens=integers(*[prefix_len] * num_seqs),
+    )
+    grouped = dataclasses.replace(metadata, shared_prefixes=shared)
+    q, caches = attention_inputs(shape, metadata, block_size, dtype, COLD_BYTES)
+    scale = shape.head_dim**-0.5
+
+    def runner(layout: AttentionMetadata) -> Callable[[int], None]:
+        def run(call: int) -> None:
+            if call == 0:
+                dispatch.begin_step(layout)
+            dispatch.paged_attention(q, *caches[call % len(caches)], layout, softmax_scale=scale)
+
+        return run
+
+    num_keys = prefix_len + num_seqs * (length - prefix_len)
+    return Row(
+        op="paged_attention",
+        case=f"{shape.name} decode B={num_seqs} over one prefix of {prefix_len}",
+        run=runner(grouped),
+        copies=len(caches),
+        num_bytes=num_keys * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
+        baseline=runner(metadata),
     )
 
 
@@ -353,12 +406,11 @@ def gpu_rows(device: torch.device) -> list[Row]:
         for num_seqs, ctx in DECODES
     ]
     rows += [
-        attention_row(shape, [(0, 16384)], f"prefill 16k D={shape.head_dim}", device, dtype)
-        for shape in (SHAPES[0], SHAPES[2])
+        attention_row(shape, seqs, f"prefill {case} D={shape.head_dim}", device, dtype)
+        for shape in SHAPES
+        for case, seqs in PREFILLS.items()
     ]
-    rows.append(
-        attention_row(SHAPES[2], [(4096, 64)] * 64, "suffixes 64 x 64 after 4096", device, dtype)
-    )
+    rows += [shared_prefix_row(shape, 64, 93, device, dtype) for shape in SHAPES]
     for shape, num_tokens in itertools.product(SHAPES, (1, 256, 8192)):
         rows += layer_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (1, 8, 16)):
@@ -466,13 +518,12 @@ def sweep(device: torch.device) -> None:
     """Tiles of the attention kernels, fastest first."""
     from engine.kernels.decode_attention import DecodeTiles, decode_attention
     from engine.kernels.prefill_attention import PrefillTiles, prefill_attention
-
-    options: dict[str, Any] = {"sliding_window": None, "logit_softcap": 0.0}
+    from engine.kernels.prefill_hopper import HopperTiles, prefill_on_hopper
 
     def runner(kernel: Any, tiles: Any) -> Callable[..., Any]:
         def run(q: torch.Tensor, k: Any, v: Any, metadata: Any, *, softmax_scale: float) -> None:
             out = torch.empty_like(q).flatten(1)
-            kernel(q, k, v, metadata, out, softmax_scale=softmax_scale, tiles=tiles, **options)
+            kernel(q, k, v, metadata, out, softmax_scale=softmax_scale, tiles=tiles)
 
         return run
 
@@ -494,13 +545,21 @@ def sweep(device: torch.device) -> None:
             (64, 128, 2, 4),
         )
     ]
+    options: dict[str, Any] = {"sliding_window": None, "logit_softcap": 0.0}
+    decode = functools.partial(decode_attention, **options)
+    prefill = functools.partial(prefill_attention, **options)
+    hopper_grids = {
+        64: [HopperTiles(2, 128, 3), HopperTiles(3, 128, 3), HopperTiles(3, 128, 4)],
+        128: [HopperTiles(2, 128, 2)],
+    }
     for shape in (SHAPES[0], SHAPES[2]):
         for num_seqs, ctx in DECODES:
             seqs = [(ctx - 1, 1)] * num_seqs
-            cases.append(
-                (f"decode B={num_seqs} ctx={ctx}", decode_attention, shape, seqs, decode_grid)
-            )
-        cases.append(("prefill 16k", prefill_attention, shape, [(0, 16384)], prefill_grid))
+            cases.append((f"decode B={num_seqs} ctx={ctx}", decode, shape, seqs, decode_grid))
+        seqs = PREFILLS["16k"]
+        cases.append(("prefill 16k, portable kernel", prefill, shape, seqs, prefill_grid))
+        hopper_grid = hopper_grids[shape.head_dim]
+        cases.append(("prefill 16k, Hopper kernel", prefill_on_hopper, shape, seqs, hopper_grid))
     for case, kernel, shape, seqs, grid in cases:
         found = []
         for tiles in grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,36 @@ def tiny_engine(tiny_llama: Path) -> Iterator[Engine]:
     yield engine
     engine.close()
     assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.fixture(scope="module")
+def engine_in(tiny_llama: Path) -> Iterator[Callable[[str], Engine]]:
+    """The module's engine on the tiny Llama in a placement, made when first asked for."""
+    from engine import Engine
+
+    made: dict[str, Engine] = {}
+
+    def engine_in(placement: str) -> Engine:
+        if placement not in made:
+            made[placement] = Engine(
+                str(tiny_llama),
+                device="cpu",
+                num_threads=1,
+                max_num_seqs=32,
+                placement=placement,
+            )
+        return made[placement]
+
+    yield engine_in
+    for engine in made.values():
+        engine.close()
+        assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.fixture(params=["thread", "process"])
+def eng(request: pytest.FixtureRequest, engine_in: Callable[[str], Engine]) -> Engine:
+    """The module's engine, in either placement."""
+    return engine_in(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,13 @@ from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE
 from engine.loader.resolve import ModelFiles, resolve_model
+from engine.model_text import ModelText, load_model_text
 from engine.models.decoder import Decoder, weight_bytes
 from engine.models.quantised_loading import can_run_quantised
 from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
-from engine.text.chat_template import ChatTemplate
-from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,9 @@ _GPU_BLOCK_SIZE = 64
 _CPU_BLOCK_SIZE = 64
 _GPU_STEP_TOKENS = 8192
 _CPU_STEP_TOKENS = 1024
-_GPU_STEPS_IN_FLIGHT = 2
+_MOST_CAPTURED_STEPS_IN_FLIGHT = 16
+"""Beside busy threads of the application; otherwise two or three are enough (`LaunchAhead`)."""
+_EAGER_STEPS_IN_FLIGHT = 2
 _COALESCED_SHARE = 16
 """1 / share of the batch that may stay empty for some steps on a GPU (see `Scheduler`)."""
 
@@ -43,8 +44,7 @@ class EngineParts:
 
     files: ModelFiles
     resolved: ResolvedConfig
-    tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
+    text: ModelText
     model: Decoder
     weight_bytes: int
     scheduler: Scheduler
@@ -94,8 +94,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             f"{config.model!r} was made for. Use at most {limit}."
         )
         raise ConfigError(msg)
-    tokenizer = load_tokenizer(config, files)
-    chat_template = load_chat_template(config, tokenizer)
+    text = load_model_text(config, files)
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
@@ -124,14 +123,14 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             num_blocks=resolved.num_kv_blocks,
             enable_prefix_caching=resolved.enable_prefix_caching,
             coalesced_rows=config.max_num_seqs // _COALESCED_SHARE if stream is not None else 0,
+            finds_prefix_groups=stream is not None,
         )
         runner = ModelRunner(model, resolved, scheduler.table)
         runner.warm_up()
     return EngineParts(
         files=files,
         resolved=resolved,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
+        text=text,
         model=model,
         weight_bytes=num_weight_bytes,
         scheduler=scheduler,
@@ -259,30 +258,17 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
 
 
-def load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
-    """The model's tokenizer, or the one the config names; None for a dummy model without one."""
-    if config.tokenizer is not None:
-        return Tokenizer.from_folder(config.tokenizer)
-    if files.gguf is not None:
-        return Tokenizer.from_gguf_metadata(files.gguf.metadata)
-    if config.load_format == "dummy" and not (files.path / "tokenizer.json").exists():
-        return None
-    return Tokenizer.from_folder(files.path)
-
-
-def load_chat_template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """The chat template from the config or the tokenizer's files, if there is one."""
-    if tokenizer is None:
-        return None
-    source = config.chat_template or tokenizer.chat_templates
-    return ChatTemplate(source, tokenizer) if source else None
-
-
 def kv_bytes_per_token(model: Decoder) -> int:
     """Bytes of K and V of one token over all layers."""
     config = model.config
     elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return elements * model.dtype.itemsize
+
+
+def _steps_in_flight(config: EngineConfig, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return _EAGER_STEPS_IN_FLIGHT if config.enforce_eager else _MOST_CAPTURED_STEPS_IN_FLIGHT
 
 
 def _resolve_sizes(
@@ -323,5 +309,5 @@ def _resolve_sizes(
         block_size=block_size,
         num_kv_blocks=blocks,
         enable_prefix_caching=config.enable_prefix_caching,
-        max_steps_in_flight=_GPU_STEPS_IN_FLIGHT if is_cuda else 1,
+        max_steps_in_flight=_steps_in_flight(config, device),
     )

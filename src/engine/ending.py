@@ -7,10 +7,6 @@ from collections.abc import Callable
 import torch
 
 from engine.build import EngineParts, device_context, return_stream
-from engine.loop import EngineLoop
-
-_EXIT_TIMEOUT_S = 10.0
-"""How long a forgotten engine may hold up the interpreter's exit: the step that runs."""
 
 
 def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
@@ -30,12 +26,6 @@ def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
             body()
 
     return run_inside
-
-
-def shut_down(loop: EngineLoop, parts: EngineParts) -> None:
-    """End the loop without draining and free everything; the finalizer of an engine."""
-    if loop.stop(drain=False, timeout=_EXIT_TIMEOUT_S):
-        free_parts(parts)
 
 
 def free_parts(parts: EngineParts) -> None:

@@ -13,7 +13,7 @@ The tree::
     ├── CapacityError            does not fit this machine's memory
     ├── RequestTimeoutError      the caller's own time limit passed (also a TimeoutError)
     ├── StepError                a step failed (out of memory, kernel error); the engine goes on
-    ├── EngineDeadError          the engine loop ended with an error; `__cause__` has it
+    ├── EngineDeadError          the engine loop, or its process, ended with an error
     └── EngineClosedError        the engine was closed by its owner
 
 Messages say what was received, what is allowed and what to do. `EngineError` derives from plain
@@ -73,7 +73,10 @@ class StepError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """The engine loop ended with an error, which is this error's `__cause__`."""
+    """The engine loop ended with an error, which is this error's `__cause__`.
+
+    With `placement="process"` also: its process died; the message says how, with its last words.
+    """
 
 
 class EngineClosedError(EngineError):

@@ -20,7 +20,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import RequestTimeoutError
 from engine.outputs import Delta, RequestOutput
@@ -29,6 +29,21 @@ if TYPE_CHECKING:
     from engine.core.request import Request
 
 _Loop = asyncio.AbstractEventLoop
+
+Wakeups = list[tuple[_Loop, asyncio.Future[None]]]
+"""Futures to complete, each in its own event loop (see `wake_loops`)."""
+
+
+class RequestSink(Protocol):
+    """Where the engine thread puts what a request yields: its handle, or the way to it."""
+
+    def publish(
+        self,
+        deltas: list[Delta] | None = None,
+        output: RequestOutput | None = None,
+        error: BaseException | None = None,
+    ) -> Wakeups:
+        """See `RequestHandle.publish`."""
 
 
 class RequestHandle:
@@ -68,7 +83,7 @@ class RequestHandle:
         self._deltas: list[Delta] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._futures: list[tuple[_Loop, asyncio.Future[None]]] = []
+        self._futures: Wakeups = []
         self._is_streamed = False
         self._num_readers = 0
 
@@ -192,7 +207,7 @@ class RequestHandle:
         """New deltas, those of one answer merged into one, and the new cursor."""
         with self._condition:
             new = self._deltas[cursor:]
-            return _merge(new), cursor + len(new)
+            return merge_deltas(new), cursor + len(new)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -222,7 +237,7 @@ class RequestHandle:
         deltas: list[Delta] | None = None,
         output: RequestOutput | None = None,
         error: BaseException | None = None,
-    ) -> list[tuple[_Loop, asyncio.Future[None]]]:
+    ) -> Wakeups:
         """Hand over what is new. Called by the engine thread only.
 
         Args:
@@ -257,7 +272,7 @@ class RequestHandle:
         await future
 
 
-def wake_loops(futures: list[tuple[_Loop, asyncio.Future[None]]]) -> None:
+def wake_loops(futures: Wakeups) -> None:
     """Complete futures with one wake-up per event loop, however many requests wait in it."""
     by_loop: dict[_Loop, list[asyncio.Future[None]]] = {}
     for loop, future in futures:
@@ -276,7 +291,7 @@ def _complete(futures: list[asyncio.Future[None]]) -> None:
             future.set_result(None)
 
 
-def _merge(deltas: list[Delta]) -> list[Delta]:
+def merge_deltas(deltas: list[Delta]) -> list[Delta]:
     """One delta per answer, in the order in which the answers first appear."""
     if len(deltas) < 2:
         return list(deltas)

@@ -1,8 +1,8 @@
 """The engine thread: take requests in, schedule, run, publish; one thread per engine.
 
     any thread ──post──► inbox ──► scheduler ──► runner ──► output processor ──► handles
-                                      ▲            │  up to max_steps_in_flight launched
-                                      └── complete ┘  before the oldest one's result is read
+                                      ▲            │  several steps launched before the
+                                      └── complete ┘  oldest one's result is read (launch_ahead)
 
 Everything the loop owns (scheduler, runner, output processor) is touched by this thread alone.
 Other threads only append commands to the inbox, a deque, and set an event that wakes an idle loop.
@@ -15,14 +15,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from engine.core.batch import ScheduledBatch, StepOutput
 from engine.core.request import Request
 from engine.errors import EngineClosedError, EngineDeadError, StepError
-from engine.handle import RequestHandle, wake_loops
+from engine.handle import RequestSink, Wakeups, wake_loops
+from engine.launch_ahead import LaunchAhead
 from engine.stats import Counters
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 class PendingStep(Protocol):
     """A launched step (see `engine.runner.pending_step.PendingStep`)."""
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not block."""
 
     def wait(self) -> StepOutput:
         """The step's result, once the device has it."""
@@ -54,7 +59,7 @@ class Runner(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class _Submit:
-    pairs: list[tuple[Request, RequestHandle]]
+    pairs: Sequence[tuple[Request, RequestSink]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -81,7 +86,8 @@ class EngineLoop:
         runner: Runs it.
         outputs: Turns tokens into deltas and outputs.
         counters: Counts steps and tokens.
-        max_steps_in_flight: Steps launched before the oldest result is read.
+        max_steps_in_flight: Steps launched before the oldest result is read, at most.
+        publish: Called once per hand-over with the futures to complete.
     """
 
     def __init__(
@@ -93,12 +99,14 @@ class EngineLoop:
         outputs: OutputProcessor,
         counters: Counters,
         max_steps_in_flight: int,
+        publish: Callable[[Wakeups], None] = wake_loops,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._outputs = outputs
         self._counters = counters
-        self._max_steps_in_flight = max_steps_in_flight
+        self._ahead = LaunchAhead(max_steps_in_flight)
+        self._publish_wakeups = publish
         self._inbox: deque[_Submit | _Abort | _Stream | _ResetPrefixCache] = deque()
         self._wake = threading.Event()
         self._in_flight: deque[tuple[ScheduledBatch, PendingStep]] = deque()
@@ -129,7 +137,7 @@ class EngineLoop:
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def post_submit(self, pairs: list[tuple[Request, RequestHandle]]) -> None:
+    def post_submit(self, pairs: Sequence[tuple[Request, RequestSink]]) -> None:
         """Hand over requests; all of them are seen by the same step.
 
         Raises:
@@ -137,11 +145,7 @@ class EngineLoop:
             EngineDeadError: The loop ended with an error.
         """
         if self._is_forked():
-            msg = (
-                f"Engine {self.name!r} runs in the process {self._pid} that this one was forked "
-                "from. Make an engine in this process, or start it with the 'spawn' method."
-            )
-            raise EngineClosedError(msg)
+            raise forked_error(self.name, self._pid)
         with self._accept_lock:
             if self._refusal is not None:
                 raise refusal_for_caller(self._refusal)
@@ -197,6 +201,13 @@ class EngineLoop:
             thread.join(timeout)
         return not thread.is_alive()
 
+    def join(self) -> BaseException:
+        """Wait for the loop's end, whatever ends it. Returns why it accepts nothing more."""
+        assert self._thread is not None, "start comes first"
+        self._thread.join()
+        assert self._refusal is not None, "a loop that has ended refuses requests"
+        return self._refusal
+
     # ---------------------------------------------------------------- the engine thread
 
     def _run(self) -> None:
@@ -241,39 +252,47 @@ class EngineLoop:
                 self._scheduler.reset_prefix_cache()
 
     def _step(self) -> bool:
-        """Launch what can be launched, then read the oldest result. False: nothing to do."""
+        """Launch what may be launched, then read what is done. False: nothing to do."""
         started_s = time.perf_counter()
-        batch = None
-        if len(self._in_flight) < self._max_steps_in_flight:
-            batch = self._scheduler.schedule()
-        if batch is not None:
-            self._launch(batch)
-            if len(self._in_flight) < self._max_steps_in_flight:
-                self._counters.host_s += time.perf_counter() - started_s
-                return True
+        has_launched = self._launch_steps()
         if not self._in_flight:
-            return False
-        launched_s = time.perf_counter()
-        batch, pending = self._in_flight.popleft()
-        try:
-            output = pending.wait()
-        except Exception as error:
-            self._fail_step(error)
-            return True
+            return has_launched
+        host_s = time.perf_counter() - started_s
+        self._ahead.wait(self._in_flight[0][1])
         arrived_s = time.perf_counter()
-        num_new_tokens = self._outputs.process(batch, output)
+        num_steps = num_new_tokens = 0
+        while self._in_flight and (not num_steps or self._in_flight[0][1].is_done):
+            batch, pending = self._in_flight.popleft()
+            try:
+                output = pending.wait()
+            except Exception as error:
+                self._fail_step(error)
+                return True
+            num_new_tokens += self._outputs.process(batch, output)
+            num_steps += 1
+        self._ahead.note_done(num_steps, is_queue_empty=not self._in_flight)
         self._publish()
-        host_s = (launched_s - started_s) + (time.perf_counter() - arrived_s)
-        self._counters.count_step(num_new_tokens, host_s)
+        host_s += time.perf_counter() - arrived_s
+        self._counters.count_steps(num_steps, num_new_tokens, host_s)
         return True
 
-    def _launch(self, batch: ScheduledBatch) -> None:
-        try:
-            pending = self._runner.execute(batch)
-        except Exception as error:
-            self._fail_step(error)
-            return
-        self._in_flight.append((batch, pending))
+    def _launch_steps(self) -> bool:
+        """Launch until the device has enough to do; False: nobody could be scheduled."""
+        if not self._in_flight:
+            self._ahead.begin()
+        has_launched = False
+        while len(self._in_flight) < self._ahead.depth:
+            batch = self._scheduler.schedule()
+            if batch is None:
+                break
+            has_launched = True
+            try:
+                self._in_flight.append((batch, self._runner.execute(batch)))
+            except Exception as error:
+                # Those launched before end with it: the scheduler has counted on all of them.
+                self._fail_step(error)
+                break
+        return has_launched
 
     def _fail_step(self, error: Exception) -> None:
         """End the requests of a failed step, and of all launched with it, with a `StepError`.
@@ -293,7 +312,7 @@ class EngineLoop:
         self._runner.check_health()
 
     def _publish(self) -> None:
-        wake_loops(self._outputs.take_wakeups())
+        self._publish_wakeups(self._outputs.take_wakeups())
 
     def _end(self, error: BaseException) -> None:
         """Refuse new requests, and answer all that are still waiting with the cause."""
@@ -304,7 +323,7 @@ class EngineLoop:
             command = self._inbox.popleft()
             if isinstance(command, _Submit):
                 for _, handle in command.pairs:
-                    wake_loops(handle.publish(error=refusal_for_caller(error)))
+                    self._publish_wakeups(handle.publish(error=refusal_for_caller(error)))
         self._in_flight.clear()
         try:
             self._outputs.fail_all(lambda: refusal_for_caller(error))
@@ -312,6 +331,14 @@ class EngineLoop:
             # Everybody has been answered by then; only the books of a dead engine are off.
             logger.exception("The state of %s could not be cleaned up", self.name)
         self._publish()
+
+
+def forked_error(name: str, pid: int) -> EngineClosedError:
+    """What a child forked from the process `pid`, where the engine is, gets for its requests."""
+    return EngineClosedError(
+        f"Engine {name!r} runs in the process {pid} that this one was forked from. Make an engine "
+        "in this process, or start it with the 'spawn' method."
+    )
 
 
 def refusal_for_caller(cause: BaseException) -> BaseException:

@@ -80,10 +80,10 @@ class Counters:
         self.host_s = 0.0
         self._recent: deque[tuple[float, int]] = deque()
 
-    def count_step(self, num_new_tokens: int, host_s: float) -> None:
-        """One step ended: `num_new_tokens` were sampled, the host worked for `host_s` seconds."""
+    def count_steps(self, num_steps: int, num_new_tokens: int, host_s: float) -> None:
+        """Steps ended: `num_new_tokens` were sampled, the host worked for `host_s` seconds."""
         now = time.monotonic()
-        self.steps += 1
+        self.steps += num_steps
         self.output_tokens += num_new_tokens
         self.host_s += host_s
         self._recent.append((now, num_new_tokens))

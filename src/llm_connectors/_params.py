@@ -10,13 +10,16 @@ read from there; a test holds the two lists together. Two things differ on purpo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from engine import RequestError, SamplingParams, nearest_name_hint
+
+T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -147,6 +150,28 @@ def make_sampling_params(
     values["logprobs"] = _num_logprobs(values.get("logprobs"), values.pop("top_logprobs", None))
     check_names(values, _ENGINE_DEFAULTS, "sampling parameter")
     return SamplingParams(**values)
+
+
+Memo = tuple[dict[str, Any], T]
+"""Fields as they were, and what was made of them."""
+
+
+def memoised(
+    memo: Memo[T] | None, fields: dict[str, Any], make: Callable[[Mapping[str, Any]], T]
+) -> Memo[T]:
+    """`memo` if it was made of the same fields, else a new one.
+
+    Calls without options of their own are the rule, and checking thirty fields costs more than
+    comparing them.
+    """
+    if memo is not None and memo[0] == fields:
+        return memo
+    # Copies of containers notice a later change inside a list that a field holds.
+    seen = {
+        name: copy.deepcopy(value) if isinstance(value, list | dict) else value
+        for name, value in fields.items()
+    }
+    return seen, make(fields)
 
 
 def merge_stop(*groups: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,6 @@ from engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-
-
-@pytest.fixture(scope="module")
-def eng(tiny_llama: Path) -> Iterator[Engine]:
-    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=4) as engine:
-        yield engine
-
 
 USER = {"role": "user", "content": "in"}
 
@@ -175,6 +168,8 @@ def test_constraints_say_that_they_are_not_there_yet(name: str) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"max_seqs": 3}, "Unknown engine option 'max_seqs'. Did you mean 'max_num_seqs'?"),
         ({"num_kv_blocks": 4, "kv_cache_memory_bytes": 4}, "Give one"),
+        ({"placement": "moon"}, "placement='moon' must be one of 'thread', 'process'"),
+        ({"max_model_len": 10_000, "placement": "process"}, "more than the 512 positions"),
     ],
 )
 def test_bad_configs(tiny_llama: Path, options: dict[str, Any], message: str) -> None:
@@ -182,10 +177,10 @@ def test_bad_configs(tiny_llama: Path, options: dict[str, Any], message: str) ->
         Engine(str(tiny_llama), **{"device": "cpu", **options})
 
 
-def test_a_request_that_never_fits_the_cache(tiny_llama: Path) -> None:
-    with Engine(
-        str(tiny_llama), device="cpu", num_kv_blocks=4, block_size=16, max_model_len=200
-    ) as engine:
+@pytest.mark.parametrize("placement", ["thread", "process"])
+def test_a_request_that_never_fits_the_cache(tiny_llama: Path, placement: str) -> None:
+    sizes = {"num_kv_blocks": 4, "block_size": 16, "max_model_len": 200}
+    with Engine(str(tiny_llama), device="cpu", placement=placement, **sizes) as engine:
         with pytest.raises(CapacityError, match="48"):
             engine.submit([5] * 40, SamplingParams(max_tokens=20))
         output = engine.generate([5] * 40, SamplingParams(max_tokens=8, ignore_eos=True))
@@ -264,13 +259,23 @@ BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], type[EngineError], str
 }
 
 
-@pytest.mark.parametrize("case", list(BROKEN_FOLDERS))
-def test_broken_folders(tmp_path: Path, case: str) -> None:
+# Found in the parent, found in the child, and by which of the two kinds of reader.
+ALSO_IN_A_PROCESS = ("no config", "unknown architecture", "truncated weights", "misshapen")
+
+
+@pytest.mark.parametrize(
+    ("case", "placement"),
+    [
+        *[(case, "thread") for case in BROKEN_FOLDERS],
+        *[(case, "process") for case in ALSO_IN_A_PROCESS],
+    ],
+)
+def test_broken_folders(tmp_path: Path, case: str, placement: str) -> None:
     break_it, error, message = BROKEN_FOLDERS[case]
     path = write_tiny_llama(tmp_path / "model")
     break_it(path)
     with pytest.raises(error, match=message):
-        Engine(str(path), device="cpu")
+        Engine(str(path), device="cpu", placement=placement)
 
 
 def test_llm_refuses_what_it_cannot_honour(tiny_llama: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,57 @@ def test_sampling_options_in_one_batch(tiny_llama: Path, prompts: list[list[int]
     assert len(batched[6].prompt_logprobs) == len(prompts[5])
 
 
+def test_steps_are_captured_and_allocate_nothing(tiny_llama: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+    with Engine(str(tiny_llama), device="cuda", kv_cache_memory_bytes=64 << 20) as engine:
+        prompts = [[5 + index] * (1 + 3 * index) for index in range(20)]
+        expected = engine.generate(prompts, params)
+        assert engine._host.parts is not None
+        model = engine._host.parts.model
+
+        def not_again(*args: Any) -> torch.Tensor:
+            raise AssertionError("a step ran eagerly or was captured late")
+
+        model.forward = not_again  # type: ignore[assignment, method-assign]
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        outputs = engine.generate(prompts, params)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        for output, first in zip(outputs, expected, strict=True):
+            assert output.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_a_busy_application_thread_changes_no_result(tiny_llama: Path) -> None:
+    """Deep launch-ahead beside a spinning thread: same tokens, also where stop ids end early."""
+    params = [
+        SamplingParams(temperature=0.9, seed=index, max_tokens=60, stop_token_ids=[60 + index])
+        for index in range(24)
+    ]
+    prompts = [[5 + index, 7] for index in range(24)]
+    spins = threading.Event()
+
+    def spin() -> None:
+        while not spins.is_set():
+            sum(range(200))
+
+    with Engine(
+        str(tiny_llama), device="cuda", dtype="float32", kv_cache_memory_bytes=64 << 20
+    ) as engine:
+        quiet = engine.generate(prompts, params)
+        threads = [threading.Thread(target=spin) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            busy = engine.generate(prompts, params)
+        finally:
+            spins.set()
+            for thread in threads:
+                thread.join()
+        assert engine.stats().kv_blocks_used == 0
+    for one, other in zip(quiet, busy, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].finish_reason == other.outputs[0].finish_reason
+
+
 def test_streams_and_aborts(tiny_llama: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
     with Engine(str(tiny_llama), device="cuda", kv_cache_memory_bytes=64 << 20) as engine:
@@ -128,8 +180,8 @@ def test_streams_and_aborts(tiny_llama: Path) -> None:
 def test_an_out_of_memory_step_ends_its_requests_only(tiny_llama: Path) -> None:
     with Engine(str(tiny_llama), device="cuda", kv_cache_memory_bytes=64 << 20) as engine:
         expected = engine.generate([5, 6, 7], GREEDY).outputs[0].token_ids
-        assert engine._parts is not None
-        model = engine._parts.model
+        assert engine._host.parts is not None
+        model = engine._host.parts.model
         forward = model.forward
 
         def exhausted(*args: Any) -> torch.Tensor:
@@ -137,8 +189,10 @@ def test_an_out_of_memory_step_ends_its_requests_only(tiny_llama: Path) -> None:
             return torch.empty(1 << 44, device="cuda")
 
         model.forward = exhausted  # type: ignore[assignment, method-assign]
+        # Captured steps allocate nothing; one that wants the prompt's logits runs eagerly.
+        eagerly = SamplingParams(max_tokens=4, prompt_logprobs=1)
         with pytest.raises(StepError, match="out of memory"):
-            engine.generate([5, 6, 7], GREEDY)
+            engine.generate([5, 6, 7], eagerly)
         assert model.forward == forward
         assert engine.generate([5, 6, 7], GREEDY).outputs[0].token_ids == expected
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from engine import (
     Engine,
     EngineClosedError,
     EngineDeadError,
+    EngineStats,
     RequestHandle,
     RequestTimeoutError,
     SamplingParams,
     StepError,
 )
 
+PLACEMENTS = ["thread", "process"]
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 SHORT = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 
@@ -44,6 +46,38 @@ def no_blocks_held(engine: Engine) -> bool:
     return stats.kv_blocks_used == 0 and stats.running == 0 and stats.waiting == 0
 
 
+@pytest.fixture(params=PLACEMENTS)
+def either(
+    request: pytest.FixtureRequest,
+    engine_in: Callable[[str], Engine],
+) -> Iterator[Engine]:
+    """An engine in a thread, fresh, or in a process, the module's; every KV block free after."""
+    if request.param == "thread":
+        engine = request.getfixturevalue("tiny_engine")
+    else:
+        engine = engine_in("process")
+    yield engine
+    assert eventually(lambda: no_blocks_held(engine))
+
+
+@pytest.fixture
+def before(either: Engine) -> EngineStats:
+    """The counts that a test starts with."""
+    return either.stats()
+
+
+@pytest.fixture(params=PLACEMENTS)
+def make_engine(request: pytest.FixtureRequest, tiny_llama: Path) -> Callable[..., Engine]:
+    """Makes engines that the test closes."""
+
+    def make(**options: Any) -> Engine:
+        return Engine(
+            str(tiny_llama), device="cpu", num_threads=1, placement=request.param, **options
+        )
+
+    return make
+
+
 def texts(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
@@ -51,9 +85,9 @@ def texts(deltas: list[Delta]) -> str:
 # -------------------------------------------------------------------- streams
 
 
-def test_a_stream_is_the_answer_in_pieces(tiny_engine: Engine) -> None:
-    whole = tiny_engine.generate("in the", LONG).outputs[0]
-    deltas = list(tiny_engine.submit("in the", LONG))
+def test_a_stream_is_the_answer_in_pieces(either: Engine) -> None:
+    whole = either.generate("in the", LONG).outputs[0]
+    deltas = list(either.submit("in the", LONG))
     assert texts(deltas) == whole.text
     assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
@@ -63,21 +97,22 @@ def test_a_stream_is_the_answer_in_pieces(tiny_engine: Engine) -> None:
     assert len(deltas) > 10
 
 
-def test_a_stream_started_late_catches_up(tiny_engine: Engine) -> None:
-    handle = tiny_engine.submit("in the", SHORT)
+def test_a_stream_started_late_catches_up(either: Engine) -> None:
+    handle = either.submit("in the", SHORT)
     output = handle.result()
     deltas = list(handle)
     assert texts(deltas) == output.outputs[0].text
     assert deltas[-1].usage == output.usage
-    running = tiny_engine.submit("in the", LONG)
-    assert eventually(lambda: tiny_engine.stats().output_tokens > 20)
+    already = either.stats().output_tokens
+    running = either.submit("in the", LONG)
+    assert eventually(lambda: either.stats().output_tokens > already + 20)
     deltas = list(running)
     assert len(deltas[0].token_ids) > 1
     assert texts(deltas) == running.result().outputs[0].text
 
 
-def test_two_readers_of_one_stream_see_everything(tiny_engine: Engine) -> None:
-    handle = tiny_engine.submit("in the", LONG)
+def test_two_readers_of_one_stream_see_everything(either: Engine) -> None:
+    handle = either.submit("in the", LONG)
     found: list[list[Delta]] = [[], []]
 
     def read(index: int) -> None:
@@ -92,9 +127,9 @@ def test_two_readers_of_one_stream_see_everything(tiny_engine: Engine) -> None:
     assert texts(found[0]) == texts(found[1]) == expected
 
 
-def test_deltas_of_n_answers_carry_their_index(tiny_engine: Engine) -> None:
+def test_deltas_of_n_answers_carry_their_index(either: Engine) -> None:
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, n=3, ignore_eos=True)
-    handle = tiny_engine.submit("in the", params)
+    handle = either.submit("in the", params)
     deltas = list(handle)
     for answer in handle.result().outputs:
         mine = [delta for delta in deltas if delta.index == answer.index]
@@ -104,32 +139,32 @@ def test_deltas_of_n_answers_carry_their_index(tiny_engine: Engine) -> None:
     assert deltas[-1].usage is not None
 
 
-def test_leaving_a_stream_early_aborts(tiny_engine: Engine) -> None:
-    for delta in tiny_engine.submit("in the", LONG):
+def test_leaving_a_stream_early_aborts(either: Engine, before: EngineStats) -> None:
+    for delta in either.submit("in the", LONG):
         assert delta.token_ids
         break
     gc.collect()
-    assert eventually(lambda: no_blocks_held(tiny_engine))
-    assert tiny_engine.stats().requests_aborted == 1
+    assert eventually(lambda: no_blocks_held(either))
+    assert either.stats().requests_aborted == before.requests_aborted + 1
 
 
 # -------------------------------------------------------------------- abort and time-outs
 
 
-def test_abort_gives_what_was_generated(tiny_engine: Engine) -> None:
-    handle = tiny_engine.submit("in the", LONG)
-    assert eventually(lambda: tiny_engine.stats().output_tokens > 5)
+def test_abort_gives_what_was_generated(either: Engine, before: EngineStats) -> None:
+    handle = either.submit("in the", LONG)
+    assert eventually(lambda: either.stats().output_tokens > before.output_tokens + 5)
     handle.abort()
     handle.abort()
     output = handle.result(timeout=10)
     assert output.outputs[0].finish_reason == "abort"
     assert 0 < len(output.outputs[0].token_ids) < 400
-    assert no_blocks_held(tiny_engine)
+    assert no_blocks_held(either)
     handle.abort()
 
 
-def test_abort_of_a_waiting_request(tiny_llama: Path) -> None:
-    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=1) as engine:
+def test_abort_of_a_waiting_request(make_engine: Callable[..., Engine]) -> None:
+    with make_engine(max_num_seqs=1) as engine:
         first = engine.submit("in the", LONG)
         waiting = engine.submit("and the", SHORT)
         waiting.abort()
@@ -138,39 +173,40 @@ def test_abort_of_a_waiting_request(tiny_llama: Path) -> None:
         first.abort()
 
 
-def test_result_timeout_aborts(tiny_engine: Engine) -> None:
-    handle = tiny_engine.submit("in the", LONG)
+def test_result_timeout_aborts(either: Engine) -> None:
+    handle = either.submit("in the", LONG)
     with pytest.raises(RequestTimeoutError, match=r"not finished after 0\.01 s") as caught:
         handle.result(timeout=0.01)
     assert isinstance(caught.value, TimeoutError)
-    assert eventually(lambda: no_blocks_held(tiny_engine))
+    assert eventually(lambda: no_blocks_held(either))
 
 
 # -------------------------------------------------------------------- asyncio
 
 
-def test_await_and_gather(tiny_engine: Engine) -> None:
+def test_await_and_gather(either: Engine) -> None:
     async def main() -> list[Any]:
-        handles = [tiny_engine.submit(f"in the {index}", SHORT) for index in range(16)]
+        # One hand-over, so that all run at once however slowly this thread gets to submit.
+        handles = either.submit_many([f"in the {index}" for index in range(16)], SHORT)
         return await asyncio.gather(*handles)
 
     outputs = asyncio.run(main())
     assert [len(output.outputs[0].token_ids) for output in outputs] == [5] * 16
-    assert tiny_engine.stats().peak_running == 16
+    assert either.stats().peak_running == 16
 
 
-def test_async_stream_equals_sync_stream(tiny_engine: Engine) -> None:
+def test_async_stream_equals_sync_stream(either: Engine) -> None:
     async def main() -> str:
-        return texts([delta async for delta in tiny_engine.submit("in the", LONG)])
+        return texts([delta async for delta in either.submit("in the", LONG)])
 
-    assert asyncio.run(main()) == tiny_engine.generate("in the", LONG).outputs[0].text
+    assert asyncio.run(main()) == either.generate("in the", LONG).outputs[0].text
 
 
-def test_cancelling_the_awaiting_task_aborts(tiny_engine: Engine) -> None:
+def test_cancelling_the_awaiting_task_aborts(either: Engine, before: EngineStats) -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(tiny_engine.submit("in the", LONG), 0.02)
-        handle = tiny_engine.submit("in the", LONG)
+            await asyncio.wait_for(either.submit("in the", LONG), 0.02)
+        handle = either.submit("in the", LONG)
         task = asyncio.ensure_future(handle)
         await asyncio.sleep(0.01)
         task.cancel()
@@ -178,22 +214,22 @@ def test_cancelling_the_awaiting_task_aborts(tiny_engine: Engine) -> None:
             await task
 
     asyncio.run(main())
-    assert eventually(lambda: no_blocks_held(tiny_engine))
-    assert tiny_engine.stats().requests_aborted == 2
+    assert eventually(lambda: no_blocks_held(either))
+    assert either.stats().requests_aborted == before.requests_aborted + 2
 
 
-def test_leaving_an_async_stream_aborts(tiny_engine: Engine) -> None:
+def test_leaving_an_async_stream_aborts(either: Engine) -> None:
     async def main() -> None:
-        async for delta in tiny_engine.submit("in the", LONG):
+        async for delta in either.submit("in the", LONG):
             assert delta.token_ids
             break
 
     asyncio.run(main())
-    assert eventually(lambda: no_blocks_held(tiny_engine))
+    assert eventually(lambda: no_blocks_held(either))
 
 
-def test_one_handle_in_several_loops_and_threads(tiny_engine: Engine) -> None:
-    handle = tiny_engine.submit("in the", LONG)
+def test_one_handle_in_several_loops_and_threads(either: Engine) -> None:
+    handle = either.submit("in the", LONG)
     results: list[str] = []
 
     async def wait() -> None:
@@ -216,17 +252,17 @@ def test_one_handle_in_several_loops_and_threads(tiny_engine: Engine) -> None:
     assert len(set(results)) == 1
 
 
-def test_fifty_event_loops_one_after_the_other(tiny_engine: Engine) -> None:
+def test_fifty_event_loops_one_after_the_other(either: Engine) -> None:
     async def ask() -> int:
-        return len((await tiny_engine.submit("in", SHORT)).outputs[0].token_ids)
+        return len((await either.submit("in", SHORT)).outputs[0].token_ids)
 
     assert [asyncio.run(ask()) for _ in range(50)] == [5] * 50
 
 
-def test_the_event_loop_is_never_blocked(tiny_engine: Engine) -> None:
+def test_the_event_loop_is_never_blocked(either: Engine) -> None:
     async def main() -> float:
         worst_s = 0.0
-        tasks = [asyncio.ensure_future(tiny_engine.submit("in", LONG)) for _ in range(8)]
+        tasks = [asyncio.ensure_future(either.submit("in", LONG)) for _ in range(8)]
         while not all(task.done() for task in tasks):
             before_s = time.perf_counter()
             await asyncio.sleep(0.001)
@@ -240,7 +276,7 @@ def test_the_event_loop_is_never_blocked(tiny_engine: Engine) -> None:
 
 
 def test_keyboard_interrupt_in_a_batch_leaves_the_engine_usable(
-    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+    either: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = RequestHandle.result
     calls = iter(range(100))
@@ -252,23 +288,23 @@ def test_keyboard_interrupt_in_a_batch_leaves_the_engine_usable(
 
     monkeypatch.setattr(RequestHandle, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tiny_engine.generate(["in", "the", "and"], LONG)
+        either.generate(["in", "the", "and"], LONG)
     monkeypatch.undo()
-    assert eventually(lambda: no_blocks_held(tiny_engine))
-    assert len(tiny_engine.generate("in", SHORT).outputs[0].token_ids) == 5
+    assert eventually(lambda: no_blocks_held(either))
+    assert len(either.generate("in", SHORT).outputs[0].token_ids) == 5
 
 
-def test_list_in_list_out(tiny_engine: Engine) -> None:
-    one = tiny_engine.generate("in the", SHORT)
-    many = tiny_engine.generate(["in the"], SHORT)
+def test_list_in_list_out(either: Engine) -> None:
+    one = either.generate("in the", SHORT)
+    many = either.generate(["in the"], SHORT)
     assert one.outputs[0].token_ids == many[0].outputs[0].token_ids
-    assert tiny_engine.generate([], SHORT) == []
+    assert either.generate([], SHORT) == []
     per_prompt = [SHORT, SHORT.replace(max_tokens=2)]
-    outputs = tiny_engine.generate(["in", [5, 6]], per_prompt, use_tqdm=True)
+    outputs = either.generate(["in", [5, 6]], per_prompt, use_tqdm=True)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [5, 2]
     assert [output.prompt for output in outputs] == ["in", None]
-    chats = tiny_engine.chat([[{"role": "user", "content": "in"}]] * 2, SHORT)
-    single = tiny_engine.chat([{"role": "user", "content": "in"}], SHORT)
+    chats = either.chat([[{"role": "user", "content": "in"}]] * 2, SHORT)
+    single = either.chat([{"role": "user", "content": "in"}], SHORT)
     assert chats[1].outputs[0].token_ids == single.outputs[0].token_ids
 
 
@@ -289,7 +325,7 @@ class FailingOnce:
 
 
 def break_runner(engine: Engine, error: Exception) -> FailingOnce:
-    parts = engine._parts
+    parts = engine._host.parts
     assert parts is not None
     failing = FailingOnce(parts.runner.execute, error)
     parts.runner.execute = failing  # type: ignore[method-assign]
@@ -313,8 +349,8 @@ def test_a_failed_step_ends_its_requests_and_nothing_else(tiny_engine: Engine) -
 
 def test_a_dead_loop_tells_every_caller(tiny_llama: Path) -> None:
     engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
-    assert engine._parts is not None
-    scheduler = engine._parts.scheduler
+    assert engine._host.parts is not None
+    scheduler = engine._host.parts.scheduler
     waiting = engine.submit("in the", LONG)
     stream = iter(engine.submit("in the", LONG))
     next(stream)
@@ -336,8 +372,8 @@ def test_a_dead_loop_tells_every_caller(tiny_llama: Path) -> None:
 # -------------------------------------------------------------------- closing
 
 
-def test_close_drains_by_default(tiny_llama: Path) -> None:
-    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+def test_close_drains_by_default(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
     handle = engine.submit("in the", LONG)
     engine.close()
     assert len(handle.result(timeout=1).outputs[0].token_ids) == 400
@@ -347,8 +383,10 @@ def test_close_drains_by_default(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"drain": False}, {"drain": True, "timeout": 0.01}])
-def test_close_without_draining(tiny_llama: Path, options: dict[str, Any]) -> None:
-    engine = Engine(str(tiny_llama), device="cpu", num_threads=1)
+def test_close_without_draining(
+    make_engine: Callable[..., Engine], options: dict[str, Any]
+) -> None:
+    engine = make_engine()
     handles = engine.submit_many(["in", "the"] * 4, LONG)
     engine.close(**options)
     for handle in handles:
@@ -356,11 +394,13 @@ def test_close_without_draining(tiny_llama: Path, options: dict[str, Any]) -> No
             handle.result(timeout=10)
 
 
-def test_leaving_the_with_block_by_an_error_does_not_wait(tiny_llama: Path) -> None:
+def test_leaving_the_with_block_by_an_error_does_not_wait(
+    make_engine: Callable[..., Engine],
+) -> None:
     handles = []
 
     def fail_inside() -> None:
-        with Engine(str(tiny_llama), device="cpu", num_threads=1) as engine:
+        with make_engine() as engine:
             handles.append(engine.submit("in the", LONG))
             raise KeyError
 
@@ -370,8 +410,8 @@ def test_leaving_the_with_block_by_an_error_does_not_wait(tiny_llama: Path) -> N
         handles[0].result(timeout=10)
 
 
-def test_a_handle_keeps_its_engine_alive(tiny_llama: Path) -> None:
-    handle = Engine(str(tiny_llama), device="cpu", num_threads=1).submit("in the", LONG)
+def test_a_handle_keeps_its_engine_alive(make_engine: Callable[..., Engine]) -> None:
+    handle = make_engine().submit("in the", LONG)
     gc.collect()
     assert len(handle.result(timeout=20).outputs[0].token_ids) == 400
 
@@ -401,7 +441,7 @@ def test_an_idle_engine_uses_no_cpu(tiny_engine: Engine) -> None:
 _FORK = """
 import os, sys
 from engine import Engine, EngineClosedError, SamplingParams
-engine = Engine(sys.argv[1], device="cpu", num_threads=1)
+engine = Engine(sys.argv[1], device="cpu", num_threads=1, placement=sys.argv[2])
 params = SamplingParams(max_tokens=4, ignore_eos=True)
 engine.generate("in", params)
 pid = os.fork()
@@ -418,9 +458,13 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def test_a_forked_child_is_told_that_its_engine_is_elsewhere(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_forked_child_is_told_that_its_engine_is_elsewhere(
+    tiny_llama: Path, placement: str
+) -> None:
+    options = ["-W", "ignore::DeprecationWarning", "-c"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(tiny_llama)],
+        [sys.executable, *options, _FORK, str(tiny_llama), placement],
         capture_output=True,
         text=True,
         timeout=60,
@@ -432,8 +476,9 @@ def test_a_forked_child_is_told_that_its_engine_is_elsewhere(tiny_llama: Path) -
 # -------------------------------------------------------------------- sharing
 
 
-def test_shared_engines_are_one_and_counted(tiny_llama: Path) -> None:
-    options = {"device": "cpu", "num_threads": 1}
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_shared_engines_are_one_and_counted(tiny_llama: Path, placement: str) -> None:
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1, "placement": placement}
     found: list[Engine] = []
     threads = [
         threading.Thread(target=lambda: found.append(Engine.shared(str(tiny_llama), **options)))
@@ -449,6 +494,9 @@ def test_shared_engines_are_one_and_counted(tiny_llama: Path) -> None:
     assert len(found[0].generate("in", SHORT).outputs[0].token_ids) == 5
     with pytest.raises(ConfigError, match=r"max_num_seqs: loaded with 256, asked for 8"):
         Engine.shared(str(tiny_llama), max_num_seqs=8, **options)
+    other = {**options, "placement": PLACEMENTS[1 - PLACEMENTS.index(placement)]}
+    with pytest.raises(ConfigError, match=f"placement: loaded with '{placement}', asked for"):
+        Engine.shared(str(tiny_llama), **other)
     found[0].close()
     assert found[0].is_closed
     again = Engine.shared(str(tiny_llama), max_num_seqs=8, **options)
@@ -461,7 +509,7 @@ def test_shared_engines_are_one_and_counted(tiny_llama: Path) -> None:
 _EXIT = """
 import sys, threading
 from engine import Engine, SamplingParams
-engine = Engine(sys.argv[1], device="cpu", num_threads=1)
+engine = Engine(sys.argv[1], device="cpu", num_threads=1, placement=sys.argv[2])
 params = SamplingParams(max_tokens=400, ignore_eos=True)
 handles = [engine.submit("in the", params) for _ in range(4)]
 stream = iter(engine.submit("in the", params))
@@ -474,9 +522,12 @@ next(stream)
     ("ending", "code"),
     [("", 0), ("sys.exit(3)", 3), ("raise KeyError('planted')", 1)],
 )
-def test_interpreter_exit_with_requests_in_flight(tiny_llama: Path, ending: str, code: int) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_interpreter_exit_with_requests_in_flight(
+    tiny_llama: Path, ending: str, code: int, placement: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _EXIT.format(ending=ending), str(tiny_llama)],
+        [sys.executable, "-c", _EXIT.format(ending=ending), str(tiny_llama), placement],
         capture_output=True,
         text=True,
         timeout=60,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,6 @@ import pytest
 from engine import Engine, RequestOutput, SamplingParams
 
 PROMPT = [70, 71, 72, 262, 261]
-
-
-@pytest.fixture(scope="module")
-def eng(tiny_llama: Path) -> Iterator[Engine]:
-    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=32) as engine:
-        yield engine
 
 
 def ask(eng: Engine, **options: Any) -> RequestOutput:
@@ -148,9 +141,11 @@ def test_streamed_logprobs_match_the_tokens(eng: Engine) -> None:
     assert all(token in at for token, at in zip(tokens, logprobs, strict=True))
 
 
-def test_priority_runs_first(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("placement", ["thread", "process"])
+def test_priority_runs_first(tiny_llama: Path, placement: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
-    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_seqs=1) as engine:
+    options = {"num_threads": 1, "max_num_seqs": 1, "placement": placement}
+    with Engine(str(tiny_llama), device="cpu", **options) as engine:
         engine.submit(PROMPT, params)
         later = engine.submit(PROMPT, params, priority=5)
         sooner = engine.submit(PROMPT, params, priority=1)
@@ -160,15 +155,17 @@ def test_priority_runs_first(tiny_llama: Path) -> None:
     assert first.metrics.finished_s <= last.metrics.first_scheduled_s
 
 
-def test_cache_salt_separates_prefixes(tiny_llama: Path) -> None:
+def test_cache_salt_separates_prefixes(eng: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     prompt = list(range(3, 203))
-    with Engine(str(tiny_llama), device="cpu", num_threads=1) as engine:
-        cached = [
-            engine.submit(prompt, params, cache_salt=salt).result().usage.cached_tokens
-            for salt in ("a", "a", "b", None, None)
-        ]
+    eng.reset_prefix_cache()
+    cached = [
+        eng.submit(prompt, params, cache_salt=salt).result().usage.cached_tokens
+        for salt in ("a", "a", "b", None, None)
+    ]
     assert cached == [0, 192, 0, 0, 192]
+    eng.reset_prefix_cache()
+    assert eng.submit(prompt, params).result().usage.cached_tokens == 0
 
 
 def test_metrics_are_in_order(eng: Engine) -> None:

@@ -23,8 +23,12 @@ pytestmark = [pytest.mark.demo_model, pytest.mark.slow]
 SOAK_S = float(os.environ.get("SOAK_SECONDS", "45"))
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_bytes(engine: Engine) -> int:
+    """Memory of this process, and of the engine's own where it has one."""
+    pids = [os.getpid()]
+    if engine.config.placement == "process":
+        pids.append(engine._host._child.pid)  # type: ignore[attr-defined]
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -112,8 +116,10 @@ class Load:
 
 
 @pytest.mark.timeout(SOAK_S + 240)
-def test_soak(demo_model: str) -> None:
-    engine = Engine(demo_model, device="cpu", num_kv_blocks=40, block_size=16, max_num_seqs=12)
+@pytest.mark.parametrize("placement", ["thread", "process"])
+def test_soak(demo_model: str, placement: str) -> None:
+    sizes = {"num_kv_blocks": 40, "block_size": 16, "max_num_seqs": 12}
+    engine = Engine(demo_model, device="cpu", placement=placement, **sizes)
     kinds = ["wait", "wait", "stream", "stream", "async", "misuse"]
 
     def run_for(seconds: float) -> Load:
@@ -129,10 +135,10 @@ def test_soak(demo_model: str) -> None:
 
     assert not run_for(SOAK_S / 4).errors
     gc.collect()
-    before_bytes = resident_bytes()
+    before_bytes = resident_bytes(engine)
     load = run_for(SOAK_S * 3 / 4)
     gc.collect()
-    grown_mib = (resident_bytes() - before_bytes) / 2**20
+    grown_mib = (resident_bytes(engine) - before_bytes) / 2**20
     assert not load.errors
     end_s = time.monotonic() + 20
     while engine.stats().running + engine.stats().waiting and time.monotonic() < end_s:

@@ -51,6 +51,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "no prefix cache": {"enable_prefix_caching": False},
     "tiny cache": {"num_kv_blocks": 10, "block_size": 16, "max_model_len": 140},
     "large blocks": {"block_size": 128},
+    "in a process": {"placement": "process"},
+    "tiny cache in a process": {
+        "num_kv_blocks": 10,
+        "block_size": 16,
+        "max_model_len": 140,
+        "placement": "process",
+    },
 }
 
 
@@ -66,7 +73,7 @@ def test_greedy_equals_transformers(
             assert [output.outputs[0].token_ids for output in outputs] == expected
         stats = engine.stats()
         assert stats.kv_blocks_used == 0
-        if schedule == "tiny cache":
+        if schedule.startswith("tiny cache"):
             assert stats.preemptions > 0
         if schedule == "default":
             assert stats.prefix_hit_tokens > 0
@@ -87,12 +94,16 @@ def test_n_answers_share_the_prompt(
             assert engine.stats().prefix_hit_tokens == 3 * 64
 
 
-def test_logprobs_equal_transformers(tiny_llama: Path, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("placement", ["thread", "process"])
+def test_logprobs_equal_transformers(
+    tiny_llama: Path, prompts: list[list[int]], placement: str
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     params = SamplingParams(
         temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2
     )
-    with Engine(str(tiny_llama), device="cpu", num_threads=1, max_num_batched_tokens=30) as engine:
+    options = {"num_threads": 1, "max_num_batched_tokens": 30, "placement": placement}
+    with Engine(str(tiny_llama), device="cpu", **options) as engine:
         outputs = engine.generate(prompts[3:9], params)
     for output in outputs:
         answer = output.outputs[0]

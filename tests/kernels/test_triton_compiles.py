@@ -1,4 +1,4 @@
-"""The attention kernels compile for Hopper, and into what their tuning notes count on.
+"""The kernels compile for Hopper, and into what their tuning notes count on.
 
 Triton compiles for a GPU that is not there. What runs is proven elsewhere; this watches what a
 change of the source or of triton could lose silently: tensor core instructions and the depth of
@@ -7,6 +7,7 @@ the load pipeline.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Any
@@ -21,8 +22,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from engine.kernels import attention_tiles, decode_attention, prefill_attention
+from engine.kernels import (
+    attention_tiles,
+    decode_attention,
+    decode_plan,
+    few_row_linear,
+    few_row_tiles,
+    prefill_attention,
+    prefill_hopper,
+    prefill_plan,
+    shared_prefix,
+)
 
 HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE = 128, 4, 8, 64
 COMMON = {
@@ -37,43 +50,49 @@ COMMON = {
 }
 
 
-def compile_for_hopper(
-    kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int
-) -> tuple[str, str]:
-    """(PTX, Triton's GPU IR) of a bf16 attention kernel."""
+BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr")
+FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
+
+
+def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
+    """What Triton makes of a bf16 attention kernel."""
     names = kernel.arg_names
     signature = {}
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        elif name in BF16S or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
-        elif name in ("partial_ptr", "stats_ptr"):
+        elif name in ("k_desc", "v_desc"):
+            signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr") or "squares_ptr" in name:
             signature[name] = "*fp32"
+        elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
         else:
-            signature[name] = "fp32" if name in ("score_scale", "softcap") else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     # What the launcher finds out by itself: pointers and strides are multiples of 16.
     aligned = [
         index
         for index, name in enumerate(names)
         if name not in constants and (name.endswith("_ptr") or name.startswith("stride_"))
     ]
-    source = ASTSource(
+    make_source = GluonASTSource if "k_desc" in names else ASTSource
+    source = make_source(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return compiled.asm["ptx"], compiled.asm["ttgir"]
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
-def key_tile_buffers(gpu_ir: str, block_n: int) -> list[int]:
-    """Buffers of each K or V tile in shared memory."""
-    pattern = rf"memdesc<(\d+)x{block_n}x{HEAD_DIM}xbf16[^>]*mutable> loc"
+def tile_buffers(gpu_ir: str, num_rows: int, num_cols: int = HEAD_DIM) -> list[int]:
+    """Buffers of each tile of a size in shared memory."""
+    pattern = rf"memdesc<(\d+)x{num_rows}x{num_cols}xbf16[^>]*mutable> loc"
     return [
         int(found)
         for line in gpu_ir.splitlines()
@@ -86,34 +105,157 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "SPLIT": decode_attention.SPLIT,
-        "MAX_SPLITS": decode_attention.MAX_SPLITS,
+        "MAX_SPLITS": tiles.max_splits,
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "MERGE_HERE": True,
+        "USE_PDL": True,
+        "AFTER_PREFIXES": True,
+        "HAS_THREADS": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
+        "BLOCK_G": GROUP,
+        "BLOCK_S": tiles.merge_splits,
     }
-    ptx, gpu_ir = compile_for_hopper(
-        decode_attention._split_kernel, constants, tiles.num_warps, tiles.num_stages
-    )
+    del constants["KEY_ALIGNMENT"]
+    asm = compile_for_hopper(
+        decode_attention._split_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
-    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
 
 
-def test_prefill_multiplies_by_warp_groups() -> None:
-    tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
+def test_shared_prefixes_multiply_by_warp_groups() -> None:
+    tiles = shared_prefix.prefix_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
-        **COMMON,
-        "BLOCK_Q": tiles.block_m // GROUP,
+        **{
+            name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
+        },
+        "HEADER": decode_plan.HEADER,
+        "ITEM": decode_plan.ITEM,
+        "USE_PDL": True,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
-    ptx, gpu_ir = compile_for_hopper(
-        prefill_attention._prefill_kernel, constants, tiles.num_warps, tiles.num_stages
-    )
+    asm = compile_for_hopper(
+        shared_prefix._prefix_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
-    assert "mma.sync" not in ptx
-    buffers = key_tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
     assert buffers
     assert min(buffers) >= tiles.num_stages
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
+    tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
+    constants = {
+        **COMMON,
+        "IS_PERSISTENT": is_persistent,
+        "HEADER": prefill_plan.HEADER,
+        "ITEM": prefill_plan.ITEM,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+    }
+    asm = compile_for_hopper(
+        prefill_attention._prefill_kernel,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    ).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "wgmma.mma_async" in ptx
+    assert "mma.sync" not in ptx
+    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    assert buffers
+    assert min(buffers) >= tiles.num_stages
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "num_kv_heads", "num_tokens"),
+    [(128, 4, 8, 100), (64, 3, 3, 100), (64, 3, 3, 8192)],
+)
+def test_prefill_on_hopper_overlaps_softmax_and_products(
+    head_dim: int, group: int, num_kv_heads: int, num_tokens: int
+) -> None:
+    tiles = prefill_hopper.hopper_tiles(head_dim, num_tokens)
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": BLOCK_SIZE,
+        "CONSUMERS": tiles.consumers,
+        "CONSUMER_REGISTERS": tiles.consumer_registers,
+        "LOADER_REGISTERS": prefill_hopper.LOADER_REGISTERS,
+        "ROWS": prefill_hopper.ROWS,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.stages,
+    }
+    asm = compile_for_hopper(
+        prefill_hopper._prefill_hopper_kernel,
+        constants,
+        num_warps=4,
+        maxnreg=tiles.max_registers,
+    ).asm
+    assert "cp.async.bulk.tensor" in asm["ptx"]
+    # In the machine code of a loop: two products issued, the older one's wait (1 in flight), the
+    # exponentials, the wait for the other. ptxas may move the last in front of the exponentials.
+    found = re.findall(r"DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|HGMMA", asm["sass"])
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(found)]
+    waits = [index for index, (name, _) in enumerate(runs) if name.endswith("0x1")]
+    assert len(waits) == 2 * tiles.consumers, "two loops of each consumer, masked and not"
+    num_exponentials = prefill_hopper.ROWS * tiles.block_n // 128
+    for index in waits:
+        assert runs[index + 1][0] == "MUFU.EX2"
+        assert runs[index + 1][1] >= num_exponentials
+        assert runs[index + 2][0].endswith("0x0")
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed", "gated", "adding"])
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_few_rows_keep_their_stages_in_flight(kind: str, num_rows: int) -> None:
+    num_inner = 4096
+    x, weight = (torch.empty(n, num_inner, device="meta").bfloat16() for n in (num_rows, 4096))
+    tiles = few_row_tiles.tiles_for(kind, x, weight)
+    has_norm = kind in ("normed", "gated")
+    missing = ["bias_ptr"]
+    missing += [] if has_norm else ["norm_weight_ptr", "squares_ptr"]
+    missing += [] if kind == "adding" else ["new_squares_ptr"]
+    constants = {
+        **dict.fromkeys(missing),
+        "HAS_BIAS": False,
+        "HAS_NORM": has_norm,
+        "HAS_OFFSET": False,
+        "ACTIVATION": "silu" if kind == "gated" else "",
+        "ADDS": kind == "adding",
+        "BLOCK_SQUARES": 256,
+        "EVEN_K": True,
+        "BLOCK_M": tiles.block_m,
+        "COLS": tiles.num_cols,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "NUM_STAGES": tiles.num_stages,
+        "USE_PDL": True,
+        "PREFETCH_LINES": tiles.prefetch_lines,
+    }
+    kernel = few_row_linear._few_row_kernel
+    asm = compile_for_hopper(kernel, constants, num_warps=tiles.num_warps, num_stages=3).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "griddepcontrol.wait" in ptx
+    assert ("mma" in ptx) == (num_rows > 1)
+    if tiles.num_stages > 1:
+        assert "cp.async.cg" in ptx
+        buffers = tile_buffers(gpu_ir, tiles.block_n, tiles.block_k)
+        assert len(buffers) >= (2 if kind == "gated" else 1)
+        assert min(buffers) >= tiles.num_stages - 1

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import pytest
 import torch
 from kernel_cases import PADDING, TOLERANCE, make_metadata, metadata_on
+from triton_cases import (
+    DTYPES,
+    IS_INTERPRETED,
+    NEEDS_TRITON,
+    assert_rows_alike,
+    kernels,
+    on_gpu_only,
+)
 
 from engine.errors import ConfigError
 from engine.kernels import reference
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
-
-pytestmark = [
-    # sigmoid of large negative numbers: exp gives inf, whose inverse is the right 0.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not IS_INTERPRETED and not torch.cuda.is_available(),
-        reason="needs a CUDA device, or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = NEEDS_TRITON
 # (rows, K, N): one row and several, K that the tiles divide and K that they do not, N likewise.
 SIZES = (
     [(1, 600, 40), (3, 512, 33), (17, 70, 48)]
@@ -32,21 +26,9 @@ SIZES = (
 )
 
 
-def on_gpu_only(*values: object) -> list[object]:
-    """Parameters too slow for the interpreter."""
-    return [] if IS_INTERPRETED else list(values)
-
-
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cpu" if IS_INTERPRETED else "cuda")
-
-
-def kernels(name: str = "few_row_linear") -> ModuleType:
-    """The module of a kernel; imported late, since triton may be absent where this file skips."""
-    import importlib
-
-    return importlib.import_module(f"engine.kernels.{name}")
 
 
 def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -72,12 +54,15 @@ def close(got: torch.Tensor, want: torch.Tensor, num_inner: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "n"), SIZES)
 def test_few_row_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int) -> None:
-    linear = kernels().few_row_linear
+    linear = kernels("few_row_linear").few_row_linear
     x, weight = poisoned(m, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
     bias = torch.randn(n, device=device).to(dtype)
     got = linear(x, weight, bias)
     close(got, reference.few_row_linear(x.double(), weight.double(), bias.double()), k)
-    assert torch.equal(linear(x, weight, bias), got)
+    wide = torch.full((m, n + 8), 7.0, dtype=dtype, device=device)
+    assert linear(x, weight, bias, wide[:, :n]).data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[:, :n], got)
+    assert (wide[:, n:] == 7.0).all()
     assert not torch.equal(linear(x, weight), got)
 
 
@@ -105,7 +90,7 @@ def test_normed_linear(
     squares = padded.pow(2).view(m, 5, -1).sum(-1).float()
 
     def run() -> torch.Tensor:
-        return kernels().normed_linear(
+        return kernels("few_row_linear").normed_linear(
             hidden,
             squares,
             norm_weight,
@@ -134,7 +119,7 @@ def test_normed_linear(
 def test_normed_linear_knows_its_activations(device: torch.device) -> None:
     x = torch.randn(2, 16, device=device)
     with pytest.raises(ConfigError, match="'relu' must be one of"):
-        kernels().normed_linear(x, x[:, :1], x[0], x, eps=1e-5, activation="relu")
+        kernels("few_row_linear").normed_linear(x, x[:, :1], x[0], x, eps=1e-5, activation="relu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,7 +193,7 @@ def test_add_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n:
     old, bias = poisoned(m, n, dtype=dtype, device=device), torch.randn(n, device=device).to(dtype)
     beyond = torch.full((m, n + 8), 7.0, dtype=dtype, device=device)
     hidden = beyond[:, :n].copy_(old)
-    squares = kernels().add_linear(x, weight, hidden, bias)
+    squares = kernels("few_row_linear").add_linear(x, weight, hidden, bias)
     want = old.double()
     reference.add_linear(x.double(), weight.double(), want, bias.double())
     close(hidden, want, k)
@@ -217,7 +202,7 @@ def test_add_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n:
         squares.double().sum(-1), hidden.double().pow(2).sum(-1), rtol=1e-6, atol=0.0
     )
     again = old.clone()
-    assert torch.equal(kernels().add_linear(x, weight, again, bias), squares)
+    assert torch.equal(kernels("few_row_linear").add_linear(x, weight, again, bias), squares)
     assert torch.equal(again, hidden)
 
 
@@ -225,11 +210,11 @@ def test_add_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n:
 def test_other_rows_never_change_a_row(device: torch.device, dtype: torch.dtype) -> None:
     k, n = (70, 20) if IS_INTERPRETED else (4096, 1000)
     x, weight = poisoned(16, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
-    linear = kernels().few_row_linear
+    linear = kernels("few_row_linear").few_row_linear
     want = linear(x, weight)
     others = torch.full_like(x, float("nan"))
     others[5] = x[5]
-    assert torch.equal(linear(others, weight)[5], want[5])
+    assert_rows_alike(linear(others, weight)[5], want[5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,8 +8,7 @@ file so.
 from __future__ import annotations
 
 import dataclasses
-import os
-from types import ModuleType
+import itertools
 
 import pytest
 import torch
@@ -23,24 +22,19 @@ from kernel_cases import (
     metadata_on,
     only_sequence,
 )
+from triton_cases import (
+    DTYPES,
+    IS_INTERPRETED,
+    NEEDS_TRITON,
+    assert_rows_alike,
+    kernels,
+    on_gpu_only,
+)
 
 from engine.errors import ConfigError
 from engine.kernels import dispatch, reference
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter multiplies bfloat16 matrices as if their bits were integers, and takes seconds for
-# a case: two dtypes and small shapes.
-DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
-
-pytestmark = [
-    # sigmoid of large negative numbers: exp gives inf, whose inverse is the right 0.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not IS_INTERPRETED and not torch.cuda.is_available(),
-        reason="needs a CUDA device, or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = NEEDS_TRITON
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +54,6 @@ ATTENTION_GRID = (
         *((dtype, *rest) for dtype in (FP16, FP32) for rest in ((64, 9, 3), (16, 8, 2))),
     ]
 )
-
-
-def on_gpu_only(*values: object) -> list[object]:
-    """Parameters too slow for the interpreter."""
-    return [] if IS_INTERPRETED else list(values)
-
-
-def kernels(name: str) -> ModuleType:
-    """The module of a kernel; imported late, since triton may be absent where this file skips."""
-    import importlib
-
-    return importlib.import_module(f"engine.kernels.{name}")
 
 
 def attend(case: AttentionCase, device: torch.device, **options: object) -> torch.Tensor:
@@ -211,7 +193,7 @@ def test_chunk_boundaries_never_change_a_prompt(device: torch.device, dtype: tor
             make_metadata([(start, size)], 64, whole.metadata.block_table_host),
             whole.softmax_scale,
         )
-        assert torch.equal(attend(chunk, device), want[start : start + size]), start
+        assert_rows_alike(attend(chunk, device), want[start : start + size])
         start += size
 
 
@@ -249,6 +231,209 @@ def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) 
     assert (got[54:] == 0).all()
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not run Gluon")
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "num_q_heads", "num_kv_heads"),
+    [
+        *((64, block_size, 9, 3) for block_size in (16, 64, 128)),
+        *((128, block_size, 8, 2) for block_size in (32, 64, 256)),
+        *((128, 64, *heads) for heads in ((2, 2), (16, 8), (10, 2), (128, 1))),
+    ],
+)
+@pytest.mark.parametrize("is_hopper", [True, False])
+def test_prefill_of_either_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    is_hopper: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ends at, before and after tiles of 64 and 128 keys; the last values of a block are NaN."""
+    prefill = kernels("prefill_attention")
+    if is_hopper and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper GPU")
+    calls = []
+    if is_hopper:
+        run = prefill.prefill_on_hopper
+        monkeypatch.setattr(
+            prefill, "prefill_on_hopper", lambda *a, **kw: (calls.append(1), run(*a, **kw))
+        )
+    else:
+        monkeypatch.setattr(prefill, "can_attend", lambda *_: False)
+    seqs = [(300, 1), (0, 127), (0, 128), (0, 129), (64, 64), (1, 2), (63, 2), (500, 140)]
+    case = make_case(
+        seqs,
+        dtype=dtype,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        is_strided=True,
+    )
+    check_attention(case, device)
+    assert bool(calls) == is_hopper
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not run Gluon")
+def test_consumers_of_a_hopper_program_never_change_a_row(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper GPU")
+    hopper = kernels("prefill_hopper")
+    seqs = [(0, 700), (300, 130), (64, 64), (1, 2)]
+    case = make_case(seqs, dtype=BF16, num_q_heads=9, num_kv_heads=3, block_size=64).on(device)
+    two, three = (torch.zeros(len(case.q), 9 * 64, dtype=BF16, device=device) for _ in range(2))
+    for consumers, out in ((2, two), (3, three)):
+        hopper.prefill_on_hopper(
+            *case.arguments(),
+            out,
+            softmax_scale=case.softmax_scale,
+            tiles=hopper.HopperTiles(consumers, 128, 3),
+        )
+    assert torch.equal(two, three)
+    assert two.abs().sum() > 0
+
+
+def captured_prefill(case: AttentionCase, device: torch.device) -> AttentionCase:
+    """The batch as a captured step has it: padded, counts on the device, rows of a wider table.
+
+    Everything that padding may hold is poison: lengths, places and table rows far outside.
+    """
+    full = case.metadata
+    num_decodes, num_seqs, num_tokens = full.num_decodes, full.num_seqs, len(full.positions)
+    num_rows = num_seqs + 4
+    rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3))[:num_seqs]
+    table = torch.full((num_rows, full.block_table.shape[1] + 5), 1 << 30, dtype=torch.int32)
+    table[rows, : full.block_table.shape[1]] = full.block_table
+
+    def padded(values: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat((values, torch.full((count,), 1 << 30, dtype=values.dtype)))
+
+    metadata = dataclasses.replace(
+        full,
+        block_table=table,
+        block_rows=padded(rows, 3),
+        seq_lens=padded(full.seq_lens, 3),
+        query_lens=padded(full.query_lens, 3),
+        query_start_loc=padded(full.query_start_loc, 3),
+        num_decodes=num_seqs + 3,
+        max_query_len=num_tokens + 40,
+        max_seq_len=1 << 20,
+        device_counts=torch.tensor([num_decodes, num_seqs], dtype=torch.int32),
+        max_prefills=num_seqs - num_decodes + 2,
+        seq_lens_host=None,
+        query_lens_host=None,
+        block_table_host=None,
+    )
+    q = torch.full((num_tokens + 40, *case.q.shape[1:]), float("nan"), dtype=case.q.dtype)
+    q[num_decodes:num_tokens] = case.q[num_decodes:]
+    return dataclasses.replace(case, q=q, metadata=metadata).on(device)
+
+
+def prefill_into(case: AttentionCase, out: torch.Tensor) -> torch.Tensor:
+    """`prefill_attention` by itself, into `out`."""
+    kernels("prefill_attention").prefill_attention(
+        *case.arguments(),
+        out,
+        softmax_scale=case.softmax_scale,
+        sliding_window=None,
+        logit_softcap=0.0,
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("block_q", "seqs"),
+    [
+        (32, [(0, 1000)]),
+        (32, [(9, 1)] * 3),
+        (16, [(7, 1), (300, 1), (0, 70), (33, 30), (54, 32), (0, 86), (130, 2), (0, 2)]),
+        (3, [(5 * n % 37, 2 + n % 11) for n in range(70)]),
+        *on_gpu_only((42, [(9, 1)] * 40 + [(3 * n, 2 + n % 137) for n in range(500)])),
+    ],
+)
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_every_tile_is_planned_once_and_the_longest_first(
+    device: torch.device, block_q: int, seqs: list[tuple[int, int]], is_captured: bool
+) -> None:
+    plan_file = kernels("prefill_plan")
+    case = make_case(seqs, num_q_heads=1, num_kv_heads=1, head_dim=16)
+    host = case.metadata
+    on_device = captured_prefill(case, device) if is_captured else case.on(device)
+    rows = on_device.metadata.block_rows.tolist() if is_captured else list(range(len(seqs)))
+    want = []
+    for seq, (computed, new) in enumerate(seqs[host.num_decodes :], start=host.num_decodes):
+        first_token = int(host.query_start_loc[seq])
+        for first in range(0, new, block_q):
+            count = min(block_q, new - first)
+            want.append([first_token + first, count, computed + first, computed + new, rows[seq]])
+    # Sorted by the end of the keys; Python's sort keeps the order of sequences among equals.
+    want.sort(key=lambda tile: -(tile[1] + tile[2]))
+    plan, max_tiles = plan_file.prefill_plan(on_device.metadata, len(on_device.q), block_q)
+    got = plan[plan_file.HEADER :].view(-1, plan_file.ITEM)[: len(want), :5].tolist()
+    assert int(plan[0]) == len(want) <= max_tiles
+    assert got == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "seqs",
+    [
+        [(0, 20)],
+        [(7, 1), (300, 1), (0, 70), (33, 30), (130, 2)],
+        [(7, 1), (40, 1)],
+        *on_gpu_only([(9, 1)] * 40 + [(3 * n, 2 + n % 37) for n in range(300)], [(100, 3000)]),
+    ],
+    ids=lambda seqs: f"{len(seqs)} sequences",
+)
+def test_prefill_of_a_captured_step_writes_its_tokens_and_nothing_else(
+    device: torch.device, dtype: torch.dtype, seqs: list[tuple[int, int]]
+) -> None:
+    exact = make_case(seqs, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=64)
+    want = attend(exact, device)
+    case = captured_prefill(exact, device)
+    got = prefill_into(case, torch.full_like(case.q, 7.0).flatten(1)).cpu()
+    first, last = exact.metadata.num_decodes, len(exact.q)
+    assert torch.equal(got[first:last], want[first:])
+    assert (got[:first] == 7.0).all()
+    assert (got[last:] == 7.0).all()
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="captures a CUDA graph")
+def test_a_captured_prefill_follows_the_counts_on_the_device(device: torch.device) -> None:
+    """One graph for batches of one shape bound: other counts, lengths and table rows."""
+    seqs = [(3000, 1), (40, 1), (0, 200), (33, 300), (700, 90)]
+    exact = make_case(seqs, dtype=BF16, num_q_heads=8, num_kv_heads=2, block_size=64)
+    case = captured_prefill(exact, device)
+    metadata = case.metadata
+    out = torch.zeros_like(case.q).flatten(1)
+    prefill_into(case, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prefill_into(case, out)
+    # All sequences; without the last; without prefills; without decodes (the first two gone).
+    for first, last in ((0, 5), (0, 4), (0, 2), (2, 5), (0, 5)):
+        part = exact.metadata
+        start, end = part.query_start_loc[[first, last]].tolist()
+        num_decodes = max(2 - first, 0)
+        metadata.device_counts.copy_(torch.tensor([num_decodes, last - first]))
+        metadata.seq_lens[: last - first] = part.seq_lens[first:last].to(device)
+        starts = part.query_start_loc[first : last + 1] - start
+        metadata.query_start_loc[: len(starts)] = starts.to(device)
+        rows = captured_prefill(exact, device).metadata.block_rows
+        metadata.block_rows[: last - first] = rows[first:last]
+        case.q[: end - start] = exact.q[start:end].to(device)
+        out.fill_(7.0)
+        graph.replay()
+        want = attend(exact, device)[start:end].to(device)
+        assert torch.equal(out[num_decodes : end - start], want[num_decodes:]), (first, last)
+        assert (out[:num_decodes] == 7.0).all()
+        assert (out[end - start :] == 7.0).all()
+
+
 def test_out_with_a_row_stride(device: torch.device) -> None:
     case = make_case([(7, 1), (300, 1), (0, 9)]).on(device)
     wide = torch.full((11, 300), 7.0, device=device)
@@ -259,36 +444,46 @@ def test_out_with_a_row_stride(device: torch.device) -> None:
     assert (wide[:, 256:] == 7.0).all()
 
 
-@pytest.mark.parametrize(
-    ("num_seqs", "seqs_per_round"),
-    [(1, 4), (4, 4), (9, 4), *on_gpu_only((1025, 1024), (4096, 1024))],
-)
-def test_every_split_is_planned_once(
-    device: torch.device, num_seqs: int, seqs_per_round: int
+@pytest.mark.parametrize("num_seqs", [1, 4, 40, *on_gpu_only(1025, 4096)])
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_every_key_is_planned_once(
+    device: torch.device, num_seqs: int, window: int | None, is_captured: bool
 ) -> None:
-    decode = kernels("decode_attention")
-    seq_lens = torch.randint(0, 20000, (num_seqs,), dtype=torch.int32)
-    seq_lens[0] = 0
-    plan = torch.full((1 + num_seqs * decode.MAX_SPLITS,), -1, dtype=torch.int32, device=device)
-    decode._plan_kernel[(1,)](
-        seq_lens.to(device),
-        plan,
-        num_seqs,
-        WINDOW=0,
-        SPLIT=decode.SPLIT,
-        MAX_SPLITS=decode.MAX_SPLITS,
-        KEY_ALIGNMENT=64,
-        BLOCK=seqs_per_round,
+    decode_plan = kernels("decode_plan")
+    layout = decode_plan.SplitLayout(split=256, max_splits=32)
+    random = torch.Generator().manual_seed(num_seqs)
+    seq_lens = torch.randint(0, 20000, (num_seqs,), generator=random)
+    seq_lens[:4] = torch.tensor([0, 1, 256, 257])[:num_seqs]
+    metadata = make_metadata([(length - 1, 1) for length in seq_lens.tolist()], 16, [[]] * num_seqs)
+    num_planned, rows = num_seqs, torch.arange(num_seqs)
+    if is_captured:
+        num_planned, rows = num_seqs // 2, torch.randperm(num_seqs + 3, generator=random)[:num_seqs]
+        metadata.block_rows = rows
+        metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
+    no_groups = decode_plan.PrefixLayout(64, layout)
+    plan = decode_plan.plan_decode(
+        metadata_on(metadata, device), num_seqs, 9, 3, window, layout, no_groups
     )
-    count, *items = plan.tolist()
-    want = []
-    for seq, seq_len in enumerate(seq_lens.tolist()):
-        units = -(-seq_len // decode.SPLIT)
-        size = decode.SPLIT * max(1, -(-units // decode.MAX_SPLITS))
-        num_splits = max(1, -(-seq_len // size))
-        want += [seq * decode.MAX_SPLITS + split for split in range(num_splits)]
-    assert items[:count] == want
-    assert set(items[count:]) <= {-1}
+    count = int(plan.items[0])
+    items = plan.items[decode_plan.HEADER :].view(-1, decode_plan.ITEM)[:count].tolist()
+    want, place = [], 0
+    for seq, (length, row) in enumerate(zip(seq_lens.tolist(), rows.tolist(), strict=True)):
+        if seq == num_planned:
+            break
+        first = max(0, length - window) // 64 * 64 if window else 0
+        tiles = -(-(length - first) // 64)
+        splits = layout.num_splits(length - first)
+        borders = [first + tiles * split // splits * 64 for split in range(splits)] + [length]
+        assert length == 0 or all(start < end for start, end in itertools.pairwise(borders))
+        want += [
+            [seq, row, start, end, place, split, splits, length]
+            for split, (start, end) in enumerate(itertools.pairwise(borders))
+        ]
+        assert plan.places[seq].tolist() == [place, splits]
+        place += splits if splits > 1 else 0
+    assert items == want
+    assert not plan.arrivals[: num_planned * 3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -407,7 +602,7 @@ def test_rows_of_a_linear_layer_never_change_each_other(
     tolerance["atol"] = max(tolerance["atol"], 6 * (shape[0] / 2) ** 0.5 * 2**-24)
     torch.testing.assert_close(want.double(), wide, **tolerance)
     for count in (1, 2, 33, num_rows - 1):
-        assert torch.equal(linear(x[-count:], weight, bias), want[-count:]), count
+        assert_rows_alike(linear(x[-count:], weight, bias), want[-count:])
     assert linear(x[:6].reshape(2, 3, -1), weight).shape == (2, 3, shape[1])
 
 

@@ -26,7 +26,18 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"core", "models", "kernels", "loader"},
 }
 ROOMS = set(ALLOWED)
-TOP_ONLY = {"engine", "llm", "build", "ending", "loop", "shared", "progress", "prompts"}
+TOP_ONLY = {
+    "engine",
+    "llm",
+    "build",
+    "ending",
+    "loop",
+    "shared",
+    "progress",
+    "prompts",
+    "placement",
+    "model_text",
+}
 
 
 def imported_modules(path: Path) -> list[str]:

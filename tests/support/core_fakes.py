@@ -294,7 +294,7 @@ class Harness:
     def _check_batch(self, batch: ScheduledBatch) -> None:
         table = self.scheduler.table
         rows, counts = batch.rows, batch.num_scheduled_tokens
-        assert (rows.dtype, counts.dtype) == (np.int32, np.int32)
+        assert (rows.dtype, counts.dtype) == (np.intp, np.int32)
         assert batch.num_computed_tokens.dtype == np.int32
         assert len(set(rows.tolist())) == len(rows) > 0
         assert counts.min() >= 1

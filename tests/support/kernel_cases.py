@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 # |got - want| <= atol + rtol |want|, `want` computed in float64 from the same rounded inputs whose
 # values are of order 1.
@@ -97,15 +97,18 @@ def make_metadata(
 
 def metadata_on(metadata: AttentionMetadata, device: torch.device) -> AttentionMetadata:
     """A copy with its tensors on `device`."""
-    return dataclasses.replace(
-        metadata,
-        **{
+
+    def moved(record: AttentionMetadata | SharedPrefixes) -> dict[str, torch.Tensor]:
+        return {
             field.name: value.to(device)
-            for field in dataclasses.fields(metadata)
-            if isinstance(value := getattr(metadata, field.name), torch.Tensor)
-        },
-        step_cache=None,
-    )
+            for field in dataclasses.fields(record)
+            if isinstance(value := getattr(record, field.name), torch.Tensor)
+        }
+
+    shared = metadata.shared_prefixes
+    if shared is not None:
+        shared = dataclasses.replace(shared, **moved(shared))
+    return dataclasses.replace(metadata, **moved(metadata), shared_prefixes=shared, step_cache=None)
 
 
 def make_case(

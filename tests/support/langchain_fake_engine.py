@@ -116,6 +116,9 @@ class FakeEngine:
         )
         return [ord(one) for message in messages for one in message["content"]]
 
+    def apply_chat_template_batch(self, conversations, **options):
+        return [self.apply_chat_template(messages, **options) for messages in conversations]
+
     # ---- requests
 
     def submit(self, prompt, params=None, **submit_options):

@@ -168,6 +168,9 @@ class FakeEngine:
         ids = self.tokenize(text, add_special_tokens=False, parse_special=True)
         return [BOS_ID, *ids] if self.has_bos else ids
 
+    def apply_chat_template_batch(self, conversations: Any, **options: Any) -> list[list[int]]:
+        return [self.apply_chat_template(messages, **options) for messages in conversations]
+
     # ---- requests
 
     def submit(

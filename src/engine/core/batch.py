@@ -28,6 +28,20 @@ class BlockUpdate:
     block_ids: list[int]
 
 
+@dataclass(slots=True, frozen=True)
+class PrefixGroup:
+    """Decoding sequences of one batch with equal leading KV blocks (see `core.prefix_groups`).
+
+    Attributes:
+        members: [M] int32, their places in the batch.
+        num_blocks: Leading blocks that all of them share: full ones, and fewer than any member
+            has.
+    """
+
+    members: Int32Array
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class ScheduledBatch:
     """Who runs in this step, and how many tokens each. No phase flag: only counts.
@@ -43,7 +57,7 @@ class ScheduledBatch:
 
     Attributes:
         step_id: Counts up from 0.
-        rows: [B] int32, state index of each sequence (its row in `SequenceTable` and in every
+        rows: [B] intp, state index of each sequence (its row in `SequenceTable` and in every
             device table).
         num_scheduled_tokens: [B] int32, >= 1.
         num_computed_tokens: [B] int32, tokens whose KV exists before this step.
@@ -54,10 +68,12 @@ class ScheduledBatch:
         block_updates: Changes of the block table since the last batch. For a new row one update
             from block 0 on, which replaces the row.
         num_tokens: Sum of `num_scheduled_tokens`.
+        prefix_groups: Sequences with one token that share KV blocks; disjoint. Empty where the
+            scheduler was not asked to look.
     """
 
     step_id: int
-    rows: Int32Array
+    rows: npt.NDArray[np.intp]
     num_scheduled_tokens: Int32Array
     num_computed_tokens: Int32Array
     is_sampling: npt.NDArray[np.bool_]
@@ -65,11 +81,19 @@ class ScheduledBatch:
     new_rows: list[int] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     num_tokens: int = 0
+    prefix_groups: list[PrefixGroup] = field(default_factory=list)
 
     @property
     def num_seqs(self) -> int:
         """Sequences in the batch."""
         return len(self.rows)
+
+    @property
+    def num_decodes(self) -> int:
+        """Leading sequences with one token."""
+        if self.num_tokens == len(self.rows):
+            return len(self.rows)
+        return int(np.count_nonzero(self.num_scheduled_tokens == 1))
 
 
 @dataclass(slots=True)

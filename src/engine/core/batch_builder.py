@@ -32,7 +32,8 @@ def build_batch(
     """
     num_tokens = int(counts.sum())
     if num_tokens > len(rows):
-        order = np.argsort(counts > 1, kind="stable")
+        is_decode = counts == 1
+        order = np.concatenate([np.flatnonzero(is_decode), np.flatnonzero(~is_decode)])
         rows, counts = rows[order], counts[order]
     ends = table.num_computed_tokens[rows]
     starts = ends - counts
@@ -40,17 +41,17 @@ def build_batch(
     is_sampling = ends == lengths
 
     needs_prompt_logprobs = table.needs_prompt_logprobs[rows]
-    if needs_prompt_logprobs.any():
+    if table.num_reporting_prompts:
         # The last prompt token's logits are about the first new token.
         needs_prompt_logprobs &= starts < table.num_prompt_tokens[rows] - 1
 
     sampling_rows = rows[is_sampling]
-    table.token_ids[sampling_rows, lengths[is_sampling]] = IN_FLIGHT_TOKEN
+    table.put_tokens(sampling_rows, lengths[is_sampling], IN_FLIGHT_TOKEN)
     table.num_tokens[sampling_rows] += 1
     table.num_in_flight[sampling_rows] += 1
     batch = ScheduledBatch(
         step_id=step_id,
-        rows=rows.astype(np.int32),
+        rows=rows,
         num_scheduled_tokens=counts,
         num_computed_tokens=starts,
         is_sampling=is_sampling,

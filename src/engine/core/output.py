@@ -10,7 +10,6 @@ in the sequence table until the end and are turned into text at once.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.request import Request, Sequence, SequenceStatus
 from engine.errors import StepError
-from engine.handle import RequestHandle
+from engine.handle import RequestSink, Wakeups
 from engine.outputs import (
     CompletionOutput,
     Delta,
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from engine.core.scheduler import Scheduler
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
-
-_Wakeups = list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]
 
 
 @dataclass(slots=True)
@@ -64,7 +61,7 @@ class _Open:
     """A request that has not ended."""
 
     request: Request
-    handle: RequestHandle
+    handle: RequestSink
     answers: list[_Answer]
     is_streamed: bool = False
     deltas: list[Delta] = field(default_factory=list)
@@ -93,9 +90,9 @@ class OutputProcessor:
         self._on_row_freed = on_row_freed
         self._open: dict[Request, _Open] = {}
         self._touched: dict[Request, _Open] = {}
-        self._wakeups: _Wakeups = []
+        self._wakeups: Wakeups = []
 
-    def take_wakeups(self) -> _Wakeups:
+    def take_wakeups(self) -> Wakeups:
         """Publish the pending deltas; return the futures to complete (see `wake_loops`)."""
         for entry in self._touched.values():
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
@@ -106,7 +103,7 @@ class OutputProcessor:
 
     # ---------------------------------------------------------------- requests come and go
 
-    def add(self, request: Request, handle: RequestHandle) -> None:
+    def add(self, request: Request, handle: RequestSink) -> None:
         """Start to look after `request`."""
         answers = [self._new_answer(seq) for seq in request.sequences]
         self._open[request] = _Open(request, handle, answers)

@@ -40,10 +40,13 @@ def store_sampled(
         token_ids: [R] their tokens.
     """
     places = table.num_tokens[rows] - table.num_in_flight[rows]
-    table.token_ids[rows, places] = token_ids
+    table.put_tokens(rows, places, token_ids.astype(np.int32))
     table.num_in_flight[rows] -= 1
     num_known = places + 1
-    is_stop = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+    is_stop = np.zeros(len(rows), dtype=np.bool_)
+    # Column by column, one index each: see `SequenceTable` on the GIL.
+    for column in range(table.num_stop_columns):
+        is_stop |= table.stop_ids[:, column][rows] == token_ids
     is_stop &= num_known >= table.min_total_tokens[rows]
     return SampledTokens(
         rows=rows,

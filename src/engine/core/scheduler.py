@@ -19,6 +19,7 @@ from engine.core.batch_builder import build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
 from engine.core.preemption import fewest_victims, rank
+from engine.core.prefix_groups import PrefixGroups
 from engine.core.request import Sequence, SequenceStatus
 from engine.core.running_plan import RunningPlan, plan_running
 from engine.core.sampled_tokens import SampledTokens, store_sampled
@@ -91,6 +92,7 @@ class Scheduler:
         coalesced_rows: Rows that may stay free for up to 16 steps while more sequences wait, to be
             filled together; 0 fills every row at once. For devices where a step with a prompt in
             it costs much more than a pure decode, as on a GPU with captured decode steps.
+        finds_prefix_groups: Tell the runner which decoding sequences share their leading blocks.
         allocate: Makes the arrays of the sequence table, for instance in pinned memory.
     """
 
@@ -104,6 +106,7 @@ class Scheduler:
         num_blocks: int,
         enable_prefix_caching: bool,
         coalesced_rows: int = 0,
+        finds_prefix_groups: bool = False,
         allocate: Allocate = np.zeros,
     ) -> None:
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, allocate)
@@ -115,6 +118,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._headroom_blocks = self._pool.num_usable_blocks // _HEADROOM_SHARE
         self._coalesced_rows = coalesced_rows
+        self._prefix_groups = PrefixGroups(self.table, block_size) if finds_prefix_groups else None
         self._last_admission_step = 0
         self._waiting = WaitingQueue()
         # State indices of the running sequences in order of admission.
@@ -375,6 +379,11 @@ class Scheduler:
             new_rows=new.rows,
             block_updates=block_updates,
         )
+        if self._prefix_groups is not None:
+            count = batch.num_decodes
+            batch.prefix_groups = self._prefix_groups.find(
+                rows[:count], batch.num_computed_tokens[:count]
+            )
         self._counts.steps += 1
         self._in_flight.append(_StepInFlight(batch, rows, self.table.epoch[rows]))
         return batch

@@ -24,16 +24,19 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `reference.paged_attention`. Both caches have equal strides, 1 along head_dim.
 
-    Rows of q past the last sequence (padded graphs) are zero in a new `out` and untouched in a
-    given one.
+    Rows of q past the last sequence are untouched in a given `out`. In a new one they are zero, or
+    with `device_counts` (captured steps, which nobody reads there) whatever the memory held.
     """
     if q.stride(2) != 1:
         q = q.contiguous()
     num_tokens, num_q_heads, head_dim = q.shape
     num_decodes = metadata.num_decodes
+    is_captured = metadata.device_counts is not None
     if out is None:
         # With the lists on the host every row belongs to a sequence and is written.
-        may_have_spare_rows = num_tokens > num_decodes and metadata.query_lens_host is None
+        may_have_spare_rows = (
+            num_tokens > num_decodes and metadata.query_lens_host is None and not is_captured
+        )
         make = torch.zeros if may_have_spare_rows else torch.empty
         out = make((num_tokens, num_q_heads * head_dim), dtype=q.dtype, device=q.device)
     options: dict[str, Any] = {
@@ -43,6 +46,8 @@ def paged_attention(
     }
     if num_decodes:
         decode_attention(q[:num_decodes], k_cache, v_cache, metadata, out[:num_decodes], **options)
-    if metadata.num_seqs > num_decodes:
+    # Where the device knows the counts, `num_decodes` is a bound: prefills may start before it.
+    has_prefills = metadata.max_prefills > 0 if is_captured else metadata.num_seqs > num_decodes
+    if has_prefills:
         prefill_attention(q, k_cache, v_cache, metadata, out, **options)
     return out

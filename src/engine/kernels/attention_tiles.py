@@ -23,6 +23,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = 1.4426950408889634
 
@@ -31,13 +32,55 @@ KEY_ALIGNMENT = 64
 
 
 @triton.jit
-def _block_ids(block_table_ptr, tile, end_key, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def load_block_ids(table_ptr, tile, end_key, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Block ids of the keys of a tile: a scalar where a block holds the tile, else [BLOCK_N]."""
     if BLOCK_SIZE >= BLOCK_N:
-        return tl.load(block_table_ptr + tile // BLOCK_SIZE, mask=tile < end_key, other=0)
+        return tl.load(table_ptr + tile // BLOCK_SIZE, mask=tile < end_key, other=0)
     else:  # noqa: RET505 - a compile-time branch: only one of them is traced
         keys = tile + tl.arange(0, BLOCK_N)
-        return tl.load(block_table_ptr + keys // BLOCK_SIZE, mask=keys < end_key, other=0)
+        return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end_key, other=0)
+
+
+@triton.jit
+def softmax_step(
+    scores,
+    visible,
+    acc,
+    row_max,
+    row_sum,
+    score_scale,
+    softcap,
+    IS_MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One tile of the online softmax; returns (probabilities, acc rescaled, row_max, row_sum).
+
+    Args:
+        scores: [BLOCK_M, BLOCK_N] fp32: the bare products.
+        visible: Broadcastable to the scores; read where IS_MASKED.
+        acc: As in `attend_tiles`, like the rest.
+        row_max: Likewise.
+        row_sum: Likewise.
+        score_scale: Likewise.
+        softcap: Likewise.
+        IS_MASKED: Whether some scores may be hidden; a row of none leaves acc and row_sum alone.
+        HAS_SOFTCAP: As in `attend_tiles`.
+    """
+    if HAS_SOFTCAP:
+        # tanh(x) = 2 sigmoid(2 x) - 1: no device library, and the interpreter has it.
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * score_scale * scores) - 1.0)
+    if IS_MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    # Scores are scaled in the exponent (one fused multiply-add each), which needs a scale > 0.
+    factor = 1.0 if HAS_SOFTCAP else score_scale
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * factor)
+    shift = new_max
+    if IS_MASKED:
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    probs = tl.exp2(scores * factor - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+    return probs, acc * rescale[:, None], new_max, row_sum
 
 
 @triton.jit
@@ -96,11 +139,11 @@ def attend_tiles(
     is_column = (columns < HEAD_DIM)[None, :]
     # Block ids are loaded one tile ahead and carried: were the load of k to follow from a load of
     # the same round, the compiler would spend half of its pipeline stages on the ids.
-    block_ids = _block_ids(block_table_ptr, first_tile, end_key, BLOCK_N, BLOCK_SIZE)
+    block_ids = load_block_ids(block_table_ptr, first_tile, end_key, BLOCK_N, BLOCK_SIZE)
     for tile in range(first_tile, end_key, BLOCK_N):
         keys = tile + in_tile
         places = block_ids.to(tl.int64) * stride_block + (keys % BLOCK_SIZE) * stride_token
-        block_ids = _block_ids(block_table_ptr, tile + BLOCK_N, end_key, BLOCK_N, BLOCK_SIZE)
+        block_ids = load_block_ids(block_table_ptr, tile + BLOCK_N, end_key, BLOCK_N, BLOCK_SIZE)
         places = places[:, None] + columns[None, :]
         if IS_MASKED:
             is_read = ((keys >= low_key) & (keys < end_key))[:, None] & is_column
@@ -110,24 +153,22 @@ def attend_tiles(
         else:
             k = tl.load(k_ptr + places, mask=is_column, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if HAS_SOFTCAP:
-            # tanh(x) = 2 sigmoid(2 x) - 1: no device library, and the interpreter has it.
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * score_scale * scores) - 1.0)
+        visible = keys < end_key
         if IS_MASKED:
             visible = (keys[None, :] <= query_positions[:, None]) & (keys < end_key)[None, :]
             if WINDOW > 0:
                 visible = visible & (keys[None, :] > query_positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        # Scores are scaled in the exponent (one fused multiply-add each), which needs a scale > 0.
-        factor = 1.0 if HAS_SOFTCAP else score_scale
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * factor)
-        shift = new_max
-        if IS_MASKED:
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probs = tl.exp2(scores * factor - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + tl.sum(probs, axis=1)
-        acc = acc * rescale[:, None]
+        probs, acc, row_max, row_sum = softmax_step(
+            scores,
+            visible,
+            acc,
+            row_max,
+            row_sum,
+            score_scale,
+            softcap,
+            IS_MASKED=IS_MASKED,
+            HAS_SOFTCAP=HAS_SOFTCAP,
+        )
         if IS_MASKED:
             v = tl.load(v_ptr + places, mask=is_read, other=0.0)
         elif HEAD_DIM == BLOCK_D:
@@ -135,7 +176,6 @@ def attend_tiles(
         else:
             v = tl.load(v_ptr + places, mask=is_column, other=0.0)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
-        row_max = new_max
     return acc, row_max, row_sum
 
 
@@ -144,6 +184,17 @@ def score_factors(softmax_scale: float, logit_softcap: float) -> tuple[float, fl
     if logit_softcap:
         return softmax_scale / logit_softcap, logit_softcap * LOG2_E
     return softmax_scale * LOG2_E, 0.0
+
+
+@triton.jit
+def follow_kernel_before():
+    """Wait for the kernel before this one, and let the next one start while this one runs.
+
+    For kernels launched with `launch_pdl`, first thing in every program: after it all that came
+    earlier on the stream is done, if the kernels in between wait likewise.
+    """
+    gdc_launch_dependents()
+    gdc_wait()
 
 
 @functools.cache

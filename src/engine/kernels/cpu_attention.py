@@ -42,6 +42,8 @@ def paged_attention(
 
     Scores and probabilities are rounded to q's dtype (as Hugging Face's eager attention does).
     """
+    assert metadata.block_rows is None, "the CPU path reads row b of the table for sequence b"
+    assert metadata.device_counts is None, "the CPU path needs exact counts on the host"
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     block_size = k_cache.shape[1]

@@ -159,14 +159,17 @@ def batch_invariant_linear(
 
 
 def few_row_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` of few rows; see `reference.few_row_linear`."""
     if not x.is_cuda:
-        return cpu.few_row_linear(x, weight, bias)
+        return cpu.few_row_linear(x, weight, bias, out)
     from engine.kernels import few_row_linear as kernels
 
-    return kernels.few_row_linear(x, weight, bias)
+    return kernels.few_row_linear(x, weight, bias, out)
 
 
 def normed_linear(

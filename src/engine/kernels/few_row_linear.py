@@ -21,9 +21,9 @@ programs of the next product add them up in order. So a layer needs no norm kern
 | squares_ptr     | [T, P] fp32                     | contiguous; sums over parts of K            |
 | out_ptr         | [T, N], x's dtype               | contiguous; the residual stream, any stride |
 |                 |                                 | along T, where it is added to               |
-| new_squares_ptr | [T, ceil(N / BLOCK_N)] fp32     | contiguous                                  |
+| new_squares_ptr | [T, ceil(N / COLS)] fp32     | contiguous                                  |
 
-Grid (ceil(N / BLOCK_N), ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N weight rows (for
+Grid (ceil(N / COLS), ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N weight rows (for
 a gated product BLOCK_N of gate and the same of up), see `few_row_product`.
 
 Numerics: products summed in fp32 in the order of k, in fixed trees; every rounding to the dtype is
@@ -81,6 +81,7 @@ def _few_row_kernel(
     BLOCK_SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -88,8 +89,9 @@ def _few_row_kernel(
     PREFETCH_LINES: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
+    in_tile = tl.arange(0, BLOCK_N)
+    cols = tile * COLS + in_tile
+    is_col = (in_tile < COLS) & (cols < num_cols)
     safe_cols = tl.where(is_col, cols, 0)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
@@ -107,6 +109,7 @@ def _few_row_kernel(
         is_row,
         scale,
         weight_ptrs,
+        is_col,
         up_offset,
         norm_weight_ptr,
         num_inner,
@@ -141,10 +144,14 @@ def _few_row_kernel(
 
 
 def few_row_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.few_row_linear`."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
     _launch(x, weight, bias, out, tiles_for("plain", x, weight))
     return out
 
@@ -185,7 +192,7 @@ def add_linear(
 ) -> torch.Tensor:
     """See `reference.add_linear`. `hidden` needs stride 1 along H, being written in place."""
     tiles = tiles_for("adding", x, weight)
-    parts = triton.cdiv(weight.shape[0], tiles.block_n)
+    parts = triton.cdiv(weight.shape[0], tiles.num_cols)
     squares = torch.empty((x.shape[0], parts), dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, hidden, tiles, new_squares=squares)
     return squares
@@ -210,7 +217,7 @@ def _launch(
     squares, norm_weight, eps, weight_offset = norm or (None, None, 0.0, 0.0)
     num_squares = 1 if squares is None else squares.shape[1]
     num_cols = out.shape[1]
-    grid = (triton.cdiv(num_cols, tiles.block_n), triton.cdiv(num_rows, tiles.block_m))
+    grid = (triton.cdiv(num_cols, tiles.num_cols), triton.cdiv(num_rows, tiles.block_m))
     _few_row_kernel[grid](
         x,
         weight,
@@ -236,6 +243,7 @@ def _launch(
         BLOCK_SQUARES=triton.next_power_of_2(num_squares),
         EVEN_K=num_inner % tiles.block_k == 0,
         BLOCK_M=tiles.block_m,
+        COLS=tiles.num_cols,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         NUM_STAGES=tiles.num_stages,

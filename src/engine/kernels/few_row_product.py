@@ -72,6 +72,7 @@ def products(
     is_row,
     scale,
     weight_ptrs,
+    is_col,
     second_offset,
     norm_weight_ptr,
     num_inner,
@@ -95,7 +96,7 @@ def products(
     acc = tl.zeros([BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M], tl.float32)
     second = acc
     for k in tl.range(0, num_inner, BLOCK_K, num_stages=NUM_STAGES):
-        weight = _weight_tile(weight_ptrs, k, inner, num_inner, EVEN_K)
+        weight = _weight_tile(weight_ptrs, is_col, k, inner, num_inner, EVEN_K)
         x = _input_tile(x_ptrs, is_row, k, inner, num_inner, EVEN_K)
         if HAS_NORM:
             x = apply_norm(
@@ -111,18 +112,18 @@ def products(
             norm_weight = tl.load(norm_weight_ptr + ahead, mask=ahead < num_inner, other=0.0)
         acc = _add_product(acc, weight, x, BLOCK_M)
         if HAS_SECOND:
-            weight = _weight_tile(weight_ptrs + second_offset, k, inner, num_inner, EVEN_K)
+            weight = _weight_tile(weight_ptrs + second_offset, is_col, k, inner, num_inner, EVEN_K)
             second = _add_product(second, weight, x, BLOCK_M)
     return acc, second
 
 
 @triton.jit
-def _weight_tile(weight_ptrs, k, inner, num_inner, EVEN_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K], zero past the end of K."""
-    ptrs = weight_ptrs[:, None] + (k + inner)[None, :]
-    if EVEN_K:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(k + inner < num_inner)[None, :], other=0.0)
+def _weight_tile(weight_ptrs, is_col, k, inner, num_inner, EVEN_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K], zero outside."""
+    mask = is_col[:, None]
+    if not EVEN_K:
+        mask = mask & (k + inner < num_inner)[None, :]
+    return tl.load(weight_ptrs[:, None] + (k + inner)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ the same of the second half has all that their rotation needs.
 | positions_ptr              | [T] int64                   | < P; not read where the slot is -1   |
 | slots_ptr                  | [T] int64                   | -1 marks padding, which is not stored|
 
-Grid ((Hq + 2 Hkv) R / BLOCK_N, ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N columns of
+Grid ((Hq + 2 Hkv) R / COLS, ceil(T / BLOCK_M)): one program sums all of K for COLS columns of
 the first and as many of the second half of one head.
 
 Numerics: as the kernels that it replaces, qkv rounded to the dtype before the rotation, which
@@ -74,15 +74,18 @@ def _normed_qkv_kernel(
     BLOCK_SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
 ):
-    tiles_per_head: tl.constexpr = HALF // BLOCK_N
+    tiles_per_head: tl.constexpr = HALF // COLS
     head = tl.program_id(0) // tiles_per_head
-    in_head = tl.program_id(0) % tiles_per_head * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_tile = tl.arange(0, BLOCK_N)
+    is_col = in_tile < COLS
+    in_head = tl.program_id(0) % tiles_per_head * COLS + tl.where(is_col, in_tile, 0)
     cols = head * 2 * HALF + in_head
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
@@ -97,6 +100,7 @@ def _normed_qkv_kernel(
         is_row,
         scale,
         weight_ptrs,
+        is_col,
         half_offset,
         norm_weight_ptr,
         num_inner,
@@ -128,14 +132,15 @@ def _normed_qkv_kernel(
 
     if head < NUM_Q_HEADS:
         out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * (NUM_Q_HEADS * 2 * HALF) + cols[:, None]
-        tl.store(out_ptrs, first.to(dtype), mask=is_row[None, :])
-        tl.store(out_ptrs + HALF, second.to(dtype), mask=is_row[None, :])
+        mask = is_col[:, None] & is_row[None, :]
+        tl.store(out_ptrs, first.to(dtype), mask=mask)
+        tl.store(out_ptrs + HALF, second.to(dtype), mask=mask)
     else:
         is_k = head < NUM_Q_HEADS + NUM_KV_HEADS
         kv_head = head - NUM_Q_HEADS - tl.where(is_k, 0, NUM_KV_HEADS)
         places = slots // BLOCK_SIZE * stride_cache_block + slots % BLOCK_SIZE * stride_cache_token
         places = places[None, :] + (kv_head * stride_cache_head + in_head)[:, None]
-        mask = (slots >= 0)[None, :]
+        mask = is_col[:, None] & (slots >= 0)[None, :]
         cache_dtype = k_cache_ptr.dtype.element_ty
         if is_k:
             tl.store(k_cache_ptr + places, first.to(cache_dtype), mask=mask)
@@ -169,11 +174,9 @@ def normed_qkv(
     if not num_rows:
         return q
     tiles = tiles_for("qkv", hidden, weight)
-    block_n = min(tiles.block_n, half & -half)
-    grid = (
-        (num_q_heads + 2 * num_kv_heads) * half // block_n,
-        triton.cdiv(num_rows, tiles.block_m),
-    )
+    cols = min(tiles.num_cols, half & -half)  # as many in every program
+    num_tiles = (num_q_heads + 2 * num_kv_heads) * half // cols
+    grid = (num_tiles, triton.cdiv(num_rows, tiles.block_m))
     _normed_qkv_kernel[grid](
         hidden,
         weight,
@@ -206,7 +209,8 @@ def normed_qkv(
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         EVEN_K=num_inner % tiles.block_k == 0,
         BLOCK_M=tiles.block_m,
-        BLOCK_N=block_n,
+        COLS=cols,
+        BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         NUM_STAGES=tiles.num_stages,
         USE_PDL=tiles.use_pdl,

@@ -14,11 +14,13 @@ class FewRowTiles:
 
     Attributes:
         block_m: Rows of x per program; 1 multiplies without tensor cores.
-        block_n: Weight rows per program (of gate, and as many of up, in a gated product).
+        block_n: Weight rows in a program's registers: a power of two.
         block_k: Entries of K per round.
         num_stages: Rounds whose loads are in flight.
         num_warps: Warps per program.
         use_pdl: Whether programs start before the kernel before them ends.
+        cols: Weight rows per program (in a gated product of gate, and as many of up), if fewer than
+            `block_n`: so many that every SM gets the same. The rest is not read.
         prefetch_lines: 128-byte lines of each weight row that a program asks for while it waits.
     """
 
@@ -28,7 +30,13 @@ class FewRowTiles:
     num_stages: int = 4
     num_warps: int = 4
     use_pdl: bool = False
+    cols: int = 0
     prefetch_lines: int = 8
+
+    @property
+    def num_cols(self) -> int:
+        """Weight rows per program."""
+        return self.cols or self.block_n
 
 
 MAX_FUSED_ROWS = 16

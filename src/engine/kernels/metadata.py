@@ -22,7 +22,8 @@ class SharedPrefixes:
     Attributes:
         members: [B] int32, indices of decoding sequences, group after group; entries past
             `member_start[G]` are not read.
-        member_start: [G+1] int32, running sum of the groups' sizes; equal ends mark unused groups.
+        member_start: [G+1] int32, running sum of the groups' sizes; equal ends mark unused groups,
+            which come last.
         group_lens: [G] int32, tokens of each group's prefix, a multiple of block_size; 0 if unused.
         prefix_lens: [B] int32, tokens of each sequence's prefix that its group reads; 0 without.
     """

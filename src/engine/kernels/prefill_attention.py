@@ -9,19 +9,19 @@ already stored the new ones: whole prompts, chunks and suffixes of cached prefix
 |---------------------|---------------------------------------|-----------------------------------|
 | q_ptr               | [T, Hq, D] bf16, fp16 or fp32         | stride 1 along D                  |
 | k_ptr, v_ptr        | [N, block_size, Hkv, D], same dtype   | equal strides, 1 along D          |
-| block_table_ptr     | [B, max_blocks] int32                 | stride 1 along blocks             |
-| seq_lens_ptr        | [B] int32                             | KV length after the step          |
-| query_start_loc_ptr | [B + 1] int32                         | first row of q of each sequence   |
+| block_table_ptr     | [rows, max_blocks] int32              | stride 1 along blocks             |
+| plan_ptr            | [HEADER + tiles * ITEM] int32         | see `prefill_plan`                |
 | out_ptr             | [T, Hq * D], q's dtype                | stride 1; rows of no sequence are |
 |                     |                                       | not written                       |
 
-Grid (tiles * Hkv,). A tile is BLOCK_Q query tokens of one sequence times the query heads of one
-KV head, packed as rows token-major: one pass over the keys serves the whole group, and few tokens
-(a short suffix, the diagonal) waste few rows. The number of tiles is bounded by
-floor(tokens / BLOCK_Q) + sequences, so the grid needs no lengths from the device; sequence s owns
-tiles from floor(start_s / BLOCK_Q) + s on, found by binary search, as in vLLM's unified Triton
-kernel (vllm-project/vllm, Apache-2.0); tiles past a sequence's end return at once. Tiles run from
-the last to the first: under the causal mask the last are the longest.
+Grid (programs,). A work item is one KV head of a tile: BLOCK_Q query tokens of one sequence, whose
+query heads of that KV head are packed as rows token-major. One pass over the keys serves the whole
+group, and few tokens (a short suffix, the diagonal) waste few rows. `prefill_plan` lists the tiles,
+the longest first, once per step.
+
+Eager, there is a program per item. In a captured step the list's length is known on the device
+only: programs are then a few times what the device holds at once, each takes every n-th item, and
+a step with little or nothing to prefill does not pay for the bucket's tiles.
 
 Keys up to the tile's first query need no mask; the one or two tiles of keys on the diagonal do. A
 sliding window starts at its first visible tile, masks the tiles its edge crosses, and runs the
@@ -32,9 +32,13 @@ depend neither on the batch nor on how its prompt was cut into chunks (a chunk o
 decode and rounds like one). Row and block offsets are int64. constexpr: what is fixed per model;
 token and sequence counts are not specialised.
 
+On Hopper, `prefill_hopper` serves most layers in this kernel's place: 16 bit, head_dim 64 or 128,
+no window, no soft-cap. Both round alike in kind but not in every bit; which one a layer has is
+fixed with the model, so a token's bits are its own either way.
+
 Tuning (`prefill_tiles`): 128 x 64 tiles of rows and keys, two warp groups (wgmma) and three stages
-for 16 bit up to D = 128; chosen from the published ones of Triton's attention tutorial, not yet
-measured.
+for 16 bit up to D = 128. H100, triton 3.6, 16k tokens, TFLOP/s at D = 128: 481; two stages 371,
+four 473; 128 keys and two stages 437; 64 rows, four warps and three stages 456.
 """
 
 # Kernels annotate their compile-time parameters only; the rest are Triton values.
@@ -48,8 +52,19 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.attention_tiles import KEY_ALIGNMENT, attend_tiles, score_factors
+from engine.kernels.attention_tiles import (
+    KEY_ALIGNMENT,
+    attend_tiles,
+    num_multiprocessors,
+    score_factors,
+)
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_hopper import can_attend, prefill_on_hopper
+from engine.kernels.prefill_plan import HEADER, ITEM, prefill_plan
+
+# Programs of a captured step, per multiprocessor. One is resident at a time; several share out the
+# work as they finish.
+PROGRAMS_PER_PROCESSOR = 4
 
 
 @dataclass(frozen=True)
@@ -76,32 +91,128 @@ def prefill_tiles(dtype: torch.dtype, head_dim: int) -> PrefillTiles:
 
 
 @triton.jit
-def _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q: tl.constexpr):
-    """Largest s with floor(start_s / BLOCK_Q) + s <= tile, counting prefilling sequences from 0."""
-    low = num_decodes * 0
-    high = num_prefills
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(query_start_loc_ptr + num_decodes + middle) - num_decodes
-        if start // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
+def _attend_causally(
+    q,
+    positions,
+    first_position,
+    end,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    score_scale,
+    softcap,
+    stride_block,
+    stride_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEY_ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Normalised attention of one tile, whose queries lie at `first_position` to `end - 1`."""
+    low = first_position * 0
+    first_tile = low
+    edge_end = low
+    if WINDOW > 0:
+        low = tl.maximum(first_position - WINDOW + 1, 0)
+        first_tile = low - low % KEY_ALIGNMENT
+        # From here on every key is within the window of the last query, hence of all.
+        edge_end = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N
+        edge_end = tl.minimum(tl.maximum(edge_end, first_tile), end)
+    diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
+    diagonal = tl.maximum(diagonal, edge_end)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if WINDOW > 0:
+        acc, row_max, row_sum = attend_tiles(
+            acc,
+            row_max,
+            row_sum,
+            q,
+            positions,
+            k_ptr,
+            v_ptr,
+            block_table_ptr,
+            first_tile,
+            low,
+            edge_end,
+            score_scale,
+            softcap,
+            stride_block,
+            stride_token,
+            IS_MASKED=True,
+            WINDOW=WINDOW,
+            HAS_SOFTCAP=HAS_SOFTCAP,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_D=BLOCK_D,
+            BLOCK_N=BLOCK_N,
+            BLOCK_SIZE=BLOCK_SIZE,
+        )
+    acc, row_max, row_sum = attend_tiles(
+        acc,
+        row_max,
+        row_sum,
+        q,
+        positions,
+        k_ptr,
+        v_ptr,
+        block_table_ptr,
+        edge_end,
+        low,
+        diagonal,
+        score_scale,
+        softcap,
+        stride_block,
+        stride_token,
+        IS_MASKED=False,
+        WINDOW=WINDOW,
+        HAS_SOFTCAP=HAS_SOFTCAP,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_D=BLOCK_D,
+        BLOCK_N=BLOCK_N,
+        BLOCK_SIZE=BLOCK_SIZE,
+    )
+    acc, row_max, row_sum = attend_tiles(
+        acc,
+        row_max,
+        row_sum,
+        q,
+        positions,
+        k_ptr,
+        v_ptr,
+        block_table_ptr,
+        diagonal,
+        low,
+        end,
+        score_scale,
+        softcap,
+        stride_block,
+        stride_token,
+        IS_MASKED=True,
+        WINDOW=WINDOW,
+        HAS_SOFTCAP=HAS_SOFTCAP,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_D=BLOCK_D,
+        BLOCK_N=BLOCK_N,
+        BLOCK_SIZE=BLOCK_SIZE,
+    )
+    return acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_prefills", "num_tiles"])
-def _prefill_kernel(
+@triton.jit
+def _prefill_item(
+    item,
     q_ptr,
     k_ptr,
     v_ptr,
     block_table_ptr,
-    seq_lens_ptr,
-    query_start_loc_ptr,
+    plan_ptr,
     out_ptr,
-    num_decodes,
-    num_prefills,
-    num_tiles,
     score_scale,
     softcap,
     stride_q_token,
@@ -118,129 +229,154 @@ def _prefill_kernel(
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of one (tile, KV head)."""
+    kv_head = item % NUM_KV_HEADS
+    tile_ptr = plan_ptr + HEADER + item // NUM_KV_HEADS * ITEM
+    first_token = tl.load(tile_ptr)
+    num_tokens = tl.load(tile_ptr + 1)
+    first_position = tl.load(tile_ptr + 2)
+    table_row = tl.load(tile_ptr + 4).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    queries = rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    mask = (queries < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
+    tokens = (first_token + queries).to(tl.int64)
+    q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
+    q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
+    mixed = _attend_causally(
+        q,
+        first_position + queries,
+        first_position,
+        first_position + num_tokens,
+        k_ptr + kv_head * stride_cache_head,
+        v_ptr + kv_head * stride_cache_head,
+        block_table_ptr + table_row * stride_table,
+        score_scale,
+        softcap,
+        stride_cache_block,
+        stride_cache_token,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_SIZE=BLOCK_SIZE,
+        WINDOW=WINDOW,
+        HAS_SOFTCAP=HAS_SOFTCAP,
+        KEY_ALIGNMENT=KEY_ALIGNMENT,
+        BLOCK_M=BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        BLOCK_N=BLOCK_N,
+    )
+    out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
+    tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    plan_ptr,
+    out_ptr,
+    score_scale,
+    softcap,
+    stride_q_token,
+    stride_q_head,
+    stride_cache_block,
+    stride_cache_token,
+    stride_cache_head,
+    stride_table,
+    stride_out,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_PERSISTENT: tl.constexpr,
+    KEY_ALIGNMENT: tl.constexpr,
+    HEADER: tl.constexpr,
+    ITEM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tile = num_tiles - 1 - program // NUM_KV_HEADS
-    kv_head = program % NUM_KV_HEADS
-    prefill = _sequence_of_tile(query_start_loc_ptr, tile, num_decodes, num_prefills, BLOCK_Q)
-    seq = (num_decodes + prefill).to(tl.int64)
-    first_row = tl.load(query_start_loc_ptr + seq)
-    query_len = tl.load(query_start_loc_ptr + seq + 1) - first_row
-    first_query = (tile - (first_row - num_decodes) // BLOCK_Q - prefill) * BLOCK_Q
-    if first_query < query_len:
-        seq_len = tl.load(seq_lens_ptr + seq)
-        rows = tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, BLOCK_D)
-        queries = first_query + rows // GROUP
-        heads = kv_head * GROUP + rows % GROUP
-        is_row = (rows < BLOCK_Q * GROUP) & (queries < query_len)
-        mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
-        tokens = (first_row + queries).to(tl.int64)
-        q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
-        q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
-
-        first_position = seq_len - query_len + first_query
-        positions = seq_len - query_len + queries
-        last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
-        end = last_position + 1
-        low = first_position * 0
-        first_tile = low
-        edge_end = low
-        if WINDOW > 0:
-            low = tl.maximum(first_position - WINDOW + 1, 0)
-            first_tile = low - low % KEY_ALIGNMENT
-            # From here on every key is within the window of the last query, hence of all.
-            edge_end = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
-            edge_end = tl.minimum(tl.maximum(edge_end, first_tile), end)
-        diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
-        diagonal = tl.maximum(diagonal, edge_end)
-
-        k_head_ptr = k_ptr + kv_head * stride_cache_head
-        v_head_ptr = v_ptr + kv_head * stride_cache_head
-        table_ptr = block_table_ptr + seq * stride_table
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        if WINDOW > 0:
-            acc, row_max, row_sum = attend_tiles(
-                acc,
-                row_max,
-                row_sum,
-                q,
-                positions,
-                k_head_ptr,
-                v_head_ptr,
-                table_ptr,
-                first_tile,
-                low,
-                edge_end,
+    num_items = tl.load(plan_ptr) * NUM_KV_HEADS
+    # A loop costs registers, at head_dim 64 enough of them to halve the resident programs: 317
+    # instead of 406 TFLOP/s. Where every item has a program there is none.
+    if IS_PERSISTENT:
+        for item in range(program, num_items, tl.num_programs(0)):
+            _prefill_item(
+                item,
+                q_ptr,
+                k_ptr,
+                v_ptr,
+                block_table_ptr,
+                plan_ptr,
+                out_ptr,
                 score_scale,
                 softcap,
+                stride_q_token,
+                stride_q_head,
                 stride_cache_block,
                 stride_cache_token,
-                IS_MASKED=True,
+                stride_cache_head,
+                stride_table,
+                stride_out,
+                NUM_KV_HEADS=NUM_KV_HEADS,
+                GROUP=GROUP,
+                HEAD_DIM=HEAD_DIM,
+                BLOCK_SIZE=BLOCK_SIZE,
                 WINDOW=WINDOW,
                 HAS_SOFTCAP=HAS_SOFTCAP,
-                HEAD_DIM=HEAD_DIM,
+                KEY_ALIGNMENT=KEY_ALIGNMENT,
+                HEADER=HEADER,
+                ITEM=ITEM,
+                BLOCK_Q=BLOCK_Q,
+                BLOCK_M=BLOCK_M,
                 BLOCK_D=BLOCK_D,
                 BLOCK_N=BLOCK_N,
-                BLOCK_SIZE=BLOCK_SIZE,
             )
-        acc, row_max, row_sum = attend_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            positions,
-            k_head_ptr,
-            v_head_ptr,
-            table_ptr,
-            edge_end,
-            low,
-            diagonal,
+    elif program < num_items:
+        _prefill_item(
+            program,
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            block_table_ptr,
+            plan_ptr,
+            out_ptr,
             score_scale,
             softcap,
+            stride_q_token,
+            stride_q_head,
             stride_cache_block,
             stride_cache_token,
-            IS_MASKED=False,
+            stride_cache_head,
+            stride_table,
+            stride_out,
+            NUM_KV_HEADS=NUM_KV_HEADS,
+            GROUP=GROUP,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_SIZE=BLOCK_SIZE,
             WINDOW=WINDOW,
             HAS_SOFTCAP=HAS_SOFTCAP,
-            HEAD_DIM=HEAD_DIM,
+            KEY_ALIGNMENT=KEY_ALIGNMENT,
+            HEADER=HEADER,
+            ITEM=ITEM,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_M=BLOCK_M,
             BLOCK_D=BLOCK_D,
             BLOCK_N=BLOCK_N,
-            BLOCK_SIZE=BLOCK_SIZE,
         )
-        acc, row_max, row_sum = attend_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            positions,
-            k_head_ptr,
-            v_head_ptr,
-            table_ptr,
-            diagonal,
-            low,
-            end,
-            score_scale,
-            softcap,
-            stride_cache_block,
-            stride_cache_token,
-            IS_MASKED=True,
-            WINDOW=WINDOW,
-            HAS_SOFTCAP=HAS_SOFTCAP,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-            BLOCK_SIZE=BLOCK_SIZE,
-        )
-        mixed = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-        out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
-        tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def prefill_attention(
@@ -255,7 +391,7 @@ def prefill_attention(
     logit_softcap: float,
     tiles: PrefillTiles | None = None,
 ) -> None:
-    """Attention of the sequences after the leading `metadata.num_decodes`.
+    """Attention of the sequences after the decoding ones, of a padded batch before its padding.
 
     Args:
         q: [T, Hq, D], all tokens of the step (`query_start_loc` counts from its first row).
@@ -266,28 +402,33 @@ def prefill_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
-        tiles: Launch shape; default `prefill_tiles`.
+        tiles: Launch shape of this file's kernel; default: `prefill_hopper` where it serves the
+            layer, else `prefill_tiles`.
     """
+    if tiles is None and can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
+        prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+        return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    num_prefills = metadata.num_seqs - metadata.num_decodes
     group = num_q_heads // num_kv_heads
     tiles = tiles or prefill_tiles(q.dtype, head_dim)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    num_tiles = (num_tokens - metadata.num_decodes) // block_q + num_prefills
+    plan, max_tiles = prefill_plan(metadata, num_tokens, block_q)
+    num_programs = max_tiles * num_kv_heads
+    is_persistent = metadata.device_counts is not None
+    if is_persistent:
+        num_programs = min(num_programs, PROGRAMS_PER_PROCESSOR * num_multiprocessors(q.device))
+    if not num_programs:
+        return
     score_scale, softcap = score_factors(softmax_scale, logit_softcap)
-    _prefill_kernel[(num_tiles * num_kv_heads,)](
+    _prefill_kernel[(num_programs,)](
         q,
         k_cache,
         v_cache,
         metadata.block_table,
-        metadata.seq_lens,
-        metadata.query_start_loc,
+        plan,
         out,
-        metadata.num_decodes,
-        num_prefills,
-        num_tiles,
         score_scale,
         softcap,
         q.stride(0),
@@ -303,7 +444,10 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
+        IS_PERSISTENT=is_persistent,
         KEY_ALIGNMENT=KEY_ALIGNMENT,
+        HEADER=HEADER,
+        ITEM=ITEM,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),

@@ -158,23 +158,30 @@ def paged_attention(
         q: [T, Hq, D], rotated.
         k_cache: [num_blocks, block_size, Hkv, D]; Hq is a multiple of Hkv.
         v_cache: Likewise.
-        metadata: Layout of the batch.
+        metadata: Layout of the batch; its `shared_prefixes` change nothing here.
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
         out: [T, Hq * D] to write into, any row stride.
 
     Returns:
-        `out`, or a new [T, Hq * D]. Rows of padding are zero.
+        `out`, or a new [T, Hq * D]. Rows of padding are zero; with `device_counts` arbitrary.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads * head_dim)
     out.zero_()
     group = num_q_heads // k_cache.shape[2]
+    num_seqs = metadata.num_seqs
+    if metadata.device_counts is not None:
+        num_seqs = int(metadata.device_counts[1])
+    rows = range(num_seqs) if metadata.block_rows is None else metadata.block_rows.tolist()
     start = 0
-    for row, (seq_len, query_len) in enumerate(
-        zip(metadata.seq_lens.tolist(), metadata.query_lens.tolist(), strict=True)
+    for row, seq_len, query_len in zip(
+        rows[:num_seqs],
+        metadata.seq_lens.tolist()[:num_seqs],
+        metadata.query_lens.tolist()[:num_seqs],
+        strict=True,
     ):
         end = start + query_len
         if seq_len:
@@ -214,7 +221,10 @@ def batch_invariant_linear(
 
 
 def few_row_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias`, made for few rows.
 
@@ -222,11 +232,13 @@ def few_row_linear(
         x: [T, K].
         weight: [N, K].
         bias: [N].
+        out: [T, N], stride 1 along N, to be written in place.
 
     Returns:
-        New [T, N].
+        `out`, or a new [T, N].
     """
-    return batch_invariant_linear(x, weight, bias)
+    y = batch_invariant_linear(x, weight, bias)
+    return y if out is None else out.copy_(y)
 
 
 def normed_linear(

@@ -72,15 +72,26 @@ class Linear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             self.weight = self.weight.new_empty(0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Product with x [T, in_features], contiguous: new [T, out_features]."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Product with x [T, in_features], contiguous.
+
+        Returns:
+            `out` [T, out_features], contiguous, written in place; new where it is None.
+        """
+        if self.packed is None and self.uses_plain_product:
+            if few_row_tiles.beats_library(x.shape[0], self.weight):
+                return dispatch.few_row_linear(x, self.weight, self.bias, out)
+            if self.bias is None:
+                return torch.mm(x, self.weight.t(), out=out)
+        y = self._product(x)
+        return y if out is None else out.copy_(y)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
-        if not self.uses_plain_product:
-            return dispatch.batch_invariant_linear(x, self.weight, self.bias)
-        if few_row_tiles.beats_library(x.shape[0], self.weight):
-            return dispatch.few_row_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if self.uses_plain_product:
+            return F.linear(x, self.weight, self.bias)
+        return dispatch.batch_invariant_linear(x, self.weight, self.bias)
 
     def of_normed(
         self,

@@ -49,8 +49,7 @@ class QuantisedLinear(Linear):
     def finish_loading(self) -> None:
         """Nothing is left to do."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Product with x [T, in_features], contiguous: new [T, out_features]."""
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         rows = self._rows
         y = self._weight(x, x.shape[0] if rows is None else rows.num_decodes)
         return y if self.bias is None else y.add_(self.bias)

@@ -1,6 +1,7 @@
 """Read a GGUF file: metadata as plain Python values, tensors dequantised into torch tensors.
 
-The header is parsed by `engine.loader.gguf_header`; block decoding is the `gguf` package's.
+The header is parsed by `engine.loader.gguf_header`; block decoding is the `gguf` package's. torch
+is imported when a tensor is read: a process that only wants the tokenizer does without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 import gguf.quants
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from engine.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from engine.loader.gguf_header import GGUFTensorInfo, HeaderParser
@@ -23,16 +23,19 @@ from engine.loader.gguf_header import GGUFTensorInfo, HeaderParser
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
 _CHUNK_BYTES: Final = 1 << 20
 """fp32 bytes decoded at once; decoding has three to five temporaries of this size. Between 256 KiB
 and 64 MiB the speed is the same."""
 
-_PLAIN_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
+_PLAIN_DTYPES: Final[Mapping[str, str]] = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
 }
+"""GGUF type -> torch's name of it."""
 
 
 class GGUFFile:
@@ -81,12 +84,13 @@ class GGUFFile:
         flat = np.frombuffer(self._map, np.uint8, info.num_bytes, info.offset)
         return flat.reshape(*info.shape[:-1], info.bytes_per_row)
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor, dequantised.
 
         Args:
             name: As in the file.
-            dtype: Of the result. Rounding is to nearest even, from the decoded fp32 value.
+            dtype: Of the result, default float32. Rounding is to nearest even, from the decoded
+                fp32 value.
 
         Returns:
             A new contiguous CPU tensor of the tensor's shape.
@@ -95,7 +99,9 @@ class GGUFFile:
             CheckpointError: There is no such tensor.
             UnsupportedModelError: Its encoding cannot be decoded.
         """
-        out = torch.empty(self._info(name).shape, dtype=dtype)
+        import torch
+
+        out = torch.empty(self._info(name).shape, dtype=dtype or torch.float32)
         self.read_into(name, out)
         return out
 
@@ -177,10 +183,12 @@ class GGUFFile:
 
     def _decode(self, info: GGUFTensorInfo, encoded: npt.NDArray[np.uint8]) -> torch.Tensor:
         """A new CPU tensor of as many elements as `encoded` holds, fp32 or the stored dtype."""
+        import torch
+
         plain = _PLAIN_DTYPES.get(info.ggml_type.name)
         if plain is not None:
             # torch warns about memory it must not write to, hence the copy.
-            return torch.from_numpy(encoded.copy()).view(plain)
+            return torch.from_numpy(encoded.copy()).view(getattr(torch, plain))
         try:
             # Damaged scales decode to inf and nan; that must not become a warning or an error.
             with np.errstate(all="ignore"):

@@ -328,13 +328,17 @@ class Decoder:
         return self.norm(hidden)
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, new [R, V] in the model's dtype, of R rows of `forward`'s result.
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, [R, V] in the model's dtype, of R rows of `forward`'s result.
 
         The dtype is transformers' choice, too; a sampler widens what it needs. Quantised output
         projections give float32.
+
+        Args:
+            hidden: [R, H].
+            out: [R, V], contiguous, to be written in place; None makes a new tensor.
         """
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(hidden, out=out)
         if self.config.logits_scale != 1.0:
             logits *= self.config.logits_scale
         if self.config.final_softcap:

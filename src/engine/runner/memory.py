@@ -114,8 +114,10 @@ def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callab
     free, total = torch.cuda.mem_get_info(device)
     # Whatever runs beside us on this GPU is in `total - free` too and is left alone.
     in_use = total - free
-    # Graphs, fragmentation and the libraries' workspaces come on top of the measured peak.
-    reserve_bytes = activation_bytes + activation_bytes // 8 + (512 << 20)
+    # Captured steps keep their activations, eager ones (prompt logprobs) need their own. Graphs,
+    # fragmentation and the libraries' workspaces come on top.
+    num_kinds = 1 if config.enforce_eager else 2
+    reserve_bytes = num_kinds * activation_bytes + activation_bytes // 8 + (512 << 20)
     return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes
 
 

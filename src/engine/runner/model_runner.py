@@ -1,13 +1,14 @@
 """`ModelRunner`: runs one `ScheduledBatch` on the device and hands back what it sampled.
 
     execute(batch)
-      ├ settings of new rows      -> sampler tables
-      ├ pure decode on a GPU      -> one CUDA graph (step_graph.py)
-      └ anything else             -> eager: inputs (step_inputs.py), forward, logits, sample
+      ├ settings of new rows           -> sampler tables
+      ├ on a GPU                       -> a captured step (captured_steps.py), mixed or decode
+      └ on a CPU, or where the prompt's
+        logits are wanted              -> eager: inputs (step_inputs.py), forward, logits, sample
     PendingStep.wait() -> StepOutput
 
 `execute` only launches work where the device is a GPU; sampled ids stay there as the next step's
-input and are copied back asynchronously, so that step N+1 can be launched while N runs.
+input and come back by themselves, so that later steps can be launched while this one runs.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ import torch
 from engine.config import ResolvedConfig
 from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
-from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder
+from engine.runner.captured_steps import CapturedSteps
 from engine.runner.free_cores import ThreadChooser
-from engine.runner.pending_step import DeviceLogprobs, PendingStep
+from engine.runner.pending_step import CapturedPendingStep, DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
-from engine.runner.step_graph import DeviceState, StepGraphs, padded_batch_sizes
 from engine.runner.step_inputs import (
     DeviceUploader,
     StepInputs,
     build_host_inputs,
+    flatten_updates,
     to_cpu,
     to_gpu,
 )
+from engine.runner.step_slots import StepSlots
 
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are made at once for `prompt_logprobs`; bounds the memory."""
@@ -57,27 +59,35 @@ class ModelRunner:
         self._is_cuda = config.device.type == "cuda"
         self.kv_caches = allocate_kv_caches(model, config)
         self.sampler = Sampler(model.config.vocab_size, config.max_num_seqs, config.device)
-        # Whether the device's `last_token_ids` holds the sequence's newest token, by state index.
-        self._has_device_token = np.zeros(config.max_num_seqs, dtype=np.bool_)
+        # State indices whose newest token is not in the device's `last_token_ids`: new ones, and
+        # prompts that are not finished.
+        self._rows_without_device_token: set[int] = set()
         self._uploader: DeviceUploader | None = None
-        self._state: DeviceState | None = None
-        self._graphs: StepGraphs | None = None
+        self._slots: StepSlots | None = None
+        self._captured: CapturedSteps | None = None
         self.threads = None if self._is_cuda else ThreadChooser(config.requested.num_threads)
         if self._is_cuda:
             num_buffers = config.max_steps_in_flight + 1
             self._uploader = DeviceUploader(config.device, 2 * num_buffers)
-            max_blocks = -(-config.max_model_len // config.block_size)
-            self._state = DeviceState(config.max_num_seqs, max_blocks, config.device)
+            self._slots = StepSlots(
+                config.max_num_seqs,
+                max(config.max_num_batched_tokens, config.max_num_seqs),
+                table.max_blocks,
+                config.block_size,
+                self.sampler.tables.settings,
+                config.device,
+            )
             if not config.requested.enforce_eager:
-                self._graphs = StepGraphs(self._state, config.block_size, config.max_model_len)
-            self._graph_sizes = padded_batch_sizes(config.max_num_seqs)
+                self._captured = CapturedSteps(
+                    model, self.sampler, self.kv_caches, config, self._slots
+                )
             self._host_rings = [
                 torch.empty(config.max_num_seqs, dtype=torch.int64, pin_memory=True)
                 for _ in range(num_buffers)
             ]
             self._next_ring = 0
 
-    def execute(self, batch: ScheduledBatch) -> PendingStep:
+    def execute(self, batch: ScheduledBatch) -> PendingStep | CapturedPendingStep:
         """Launch one step; on a CPU, run it.
 
         Raises:
@@ -87,28 +97,24 @@ class ModelRunner:
             self.threads.adjust()
         self._load_new_rows(batch)
         self._ban_bad_words(batch)
-        self.sampler.flush()
-        if self._state is not None and self._uploader is not None and batch.block_updates:
-            updates = self._uploader.upload(DeviceState.flatten_updates(batch.block_updates))
-            self._state.apply_updates(*updates)
-        if self._graphs is not None and self._is_pure_decode(batch):
-            return self._run_graph(batch, self._graphs)
+        wants_prompt_logits = (
+            self._table.num_reporting_prompts > 0 and batch.needs_prompt_logprobs.any()
+        )
+        if self._captured is not None and not wants_prompt_logits:
+            return self._run_captured(batch, self._captured)
         return self._run_eager(batch)
 
     def warm_up(self) -> None:
-        """Capture the graphs of greedy decoding, so that no request waits for them."""
-        if self._graphs is None:
-            return
-        variant = self.sampler.greedy_variant
-        # Largest first: the shared memory pool is then laid out once and only reused.
-        for size in reversed(self._graph_sizes):
-            self._graph_for(self._graphs, size, 1, variant)
-        torch.cuda.synchronize(self._config.device)
+        """Capture the steps of greedy decoding, so that no request waits for them."""
+        if self._captured is not None:
+            self._captured.warm_up(self.sampler.greedy_variant)
+            torch.cuda.synchronize(self._config.device)
 
     def check_health(self) -> None:
         """Raise torch's error if the device can no longer be used, as after an illegal access."""
-        if self._is_cuda:
+        if self._slots is not None:
             torch.cuda.synchronize(self._config.device)
+            self._slots.follow_device()
 
     def free_row(self, row: int) -> None:
         """The sequence in `row` ended: its settings no longer count."""
@@ -117,17 +123,15 @@ class ModelRunner:
     def close(self) -> None:
         """Drop the model and every device tensor; nothing may be called afterwards."""
         del self._model
-        if self._graphs is not None:
-            self._graphs.clear()
-        self.kv_caches.clear()
-        self._state = None
+        self._captured = None
+        self._slots = None
         self._uploader = None
-        self._graphs = None
+        self.kv_caches.clear()
 
     # ---------------------------------------------------------------- settings of sequences
 
     def _load_new_rows(self, batch: ScheduledBatch) -> None:
-        self._has_device_token[batch.new_rows] = False
+        self._rows_without_device_token.update(batch.new_rows)
         for row in batch.new_rows:
             seq = self._table.sequences[row]
             if seq is None:
@@ -153,13 +157,15 @@ class ModelRunner:
     # ---------------------------------------------------------------- eager steps
 
     def _run_eager(self, batch: ScheduledBatch) -> PendingStep:
+        self.sampler.flush()
+        if self._slots is not None and self._uploader is not None and batch.block_updates:
+            rows, columns, block_ids = self._uploader.upload(flatten_updates(batch.block_updates))
+            table = self._slots.state.block_table
+            table.index_put_((rows, columns), block_ids.to(torch.int32))
         host = build_host_inputs(batch, self._table, self._config.block_size)
         inputs = self._inputs_on_device(host)
         hidden = self._model.forward(inputs.input_ids, self.kv_caches, inputs.metadata)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
-        if self._state is not None:
-            # The positions the next step starts from.
-            self._state.next_positions[inputs.rows] = inputs.metadata.seq_lens.long()
         if not batch.is_sampling.any():
             return self._pending(inputs.sampling_rows, batch, {}, prompt_logprobs)
         logits = self._model.compute_logits(hidden.index_select(0, inputs.logits_indices))
@@ -167,56 +173,36 @@ class ModelRunner:
         token_ids = self.sampler.sample(
             logits, inputs.sampling_rows, inputs.sampling_positions, variant
         )
-        if self._state is not None:
+        if self._slots is not None:
             # -1 (nothing could be sampled) must stay a valid input of a step launched ahead.
-            self._state.last_token_ids[inputs.sampling_rows] = token_ids.clamp(min=0)
-            self._has_device_token[host.sampling_rows] = True
+            self._slots.state.last_token_ids[inputs.sampling_rows] = token_ids.clamp(min=0)
+            self._rows_without_device_token.difference_update(host.sampling_rows.tolist())
         logprobs = self._sampled_logprobs(host.sampling_rows, logits, token_ids)
         return self._pending(token_ids, batch, logprobs, prompt_logprobs)
 
     def _inputs_on_device(self, host: Any) -> StepInputs:
-        if self._uploader is None or self._state is None:
+        if self._uploader is None or self._slots is None:
             return to_cpu(host, self._config.block_size)
-        return to_gpu(host, self._uploader, self._state.last_token_ids)
+        return to_gpu(host, self._uploader, self._slots.state.last_token_ids)
 
-    # ---------------------------------------------------------------- graphed decode steps
+    # ---------------------------------------------------------------- captured steps
 
-    def _is_pure_decode(self, batch: ScheduledBatch) -> bool:
-        """True where every input token was sampled by an earlier step and still is on the GPU."""
-        return bool(
-            batch.num_tokens == batch.num_seqs
-            and batch.is_sampling.all()
-            and not batch.needs_prompt_logprobs.any()
-            and self._has_device_token[batch.rows].all()
+    def _run_captured(self, batch: ScheduledBatch, captured: CapturedSteps) -> CapturedPendingStep:
+        # The steady state makes no call that gives up the GIL: no torch, no reduction over rows.
+        self.sampler.flush_lists()
+        is_pure_decode = batch.num_tokens == batch.num_seqs
+        needs_ids = not is_pure_decode or bool(self._rows_without_device_token)
+        ticket = captured.launch(
+            batch, self._table, self.sampler.live_variant(), needs_ids=needs_ids
         )
-
-    def _run_graph(self, batch: ScheduledBatch, graphs: StepGraphs) -> PendingStep:
-        assert self._state is not None
-        assert self._uploader is not None
-        num_seqs = batch.num_seqs
-        size = next(size for size in self._graph_sizes if size >= num_seqs)
-        max_seq_len = int(batch.num_computed_tokens.max()) + 1
-        variant = self.sampler.variant(batch.rows)
-        step = self._graph_for(graphs, size, max_seq_len, variant)
-        rows = np.full(size, self._state.padding_row, dtype=np.int64)
-        rows[:num_seqs] = batch.rows
-        step.rows.copy_(self._uploader.upload([rows])[0])
-        step.graph.replay()
-        token_ids = step.token_ids[:num_seqs]
-        logprobs = self._sampled_logprobs(batch.rows, step.logits, token_ids)
-        return self._pending(token_ids, batch, logprobs, {})
-
-    def _graph_for(self, graphs: StepGraphs, size: int, max_seq_len: int, variant: Any) -> Any:
-        def forward(input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-            hidden = self._model.forward(input_ids, self.kv_caches, metadata)
-            return self._model.compute_logits(hidden)
-
-        def sample(
-            logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
-        ) -> torch.Tensor:
-            return self.sampler.sample(logits, rows, positions, variant)
-
-        return graphs.get(size, max_seq_len, variant, forward, sample)
+        if self._rows_without_device_token:
+            sampling_rows = batch.rows[batch.is_sampling].tolist()
+            self._rows_without_device_token.difference_update(sampling_rows)
+        logprobs = {}
+        if self._table.num_wanting_logprobs:
+            token_ids, logits = captured.results(batch.num_seqs)
+            logprobs = self._sampled_logprobs(batch.rows, logits, token_ids, batch.is_sampling)
+        return CapturedPendingStep(ticket, batch.is_sampling, captured.stream, logprobs)
 
     # ---------------------------------------------------------------- results
 
@@ -238,11 +224,15 @@ class ModelRunner:
         return PendingStep(host, batch.is_sampling, done, logprobs, prompt_logprobs)
 
     def _sampled_logprobs(
-        self, rows: np.ndarray, logits: torch.Tensor, token_ids: torch.Tensor
+        self,
+        rows: np.ndarray,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        is_sampling: np.ndarray | bool = True,
     ) -> dict[int, DeviceLogprobs]:
-        """Log probabilities for those of `rows` [R] that asked; `logits` [>= R, V] is raw."""
+        """Log probabilities for those of `rows` [R] that asked and sample; `logits` is raw."""
         found: dict[int, DeviceLogprobs] = {}
-        for index in np.flatnonzero(self._table.wants_logprobs[rows]):
+        for index in np.flatnonzero(self._table.wants_logprobs[rows] & is_sampling):
             row = int(rows[index])
             seq = self._table.sequences[row]
             if seq is None or seq.request.params.logprobs is None:

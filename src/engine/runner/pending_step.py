@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
 from engine.core.batch import StepOutput, TokenLogprobArrays
+from engine.runner.step_slots import StepTicket
+
+_POLL_S = 50e-6
+_ASK_DEVICE_AFTER_S = 0.5
 
 
 class PendingStep:
@@ -57,6 +63,58 @@ class PendingStep:
             prompt_logprobs={
                 row: values.to_host() for row, values in self._prompt_logprobs.items()
             },
+        )
+
+
+class CapturedPendingStep:
+    """A captured step, whose results arrive in pinned memory without an event.
+
+    Args:
+        ticket: Where they arrive.
+        is_sampling: [B] bool.
+        stream: Asked for the device's errors when nothing arrives for long.
+        logprobs: By row, for sampled tokens.
+    """
+
+    __slots__ = ("_is_sampling", "_logprobs", "_stream", "_ticket")
+
+    def __init__(
+        self,
+        ticket: StepTicket,
+        is_sampling: np.ndarray,
+        stream: torch.cuda.Stream,
+        logprobs: dict[int, DeviceLogprobs],
+    ) -> None:
+        self._ticket = ticket
+        self._is_sampling = is_sampling
+        self._stream = stream
+        self._logprobs = logprobs
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not block. Costs microseconds and keeps the GIL."""
+        return self._ticket.is_done(len(self._is_sampling))
+
+    def wait(self) -> StepOutput:
+        """The result, when the device has finished the step.
+
+        Raises:
+            RuntimeError: The device reported an error (torch's own exception).
+        """
+        started_s = time.monotonic()
+        while not self.is_done:
+            if time.monotonic() - started_s > _ASK_DEVICE_AFTER_S:
+                # True and still nothing there: the step was never run.
+                if self._stream.query() and not self.is_done:
+                    msg = "the device is idle, but a launched step has brought no result"
+                    raise RuntimeError(msg)
+                started_s = time.monotonic()
+            time.sleep(_POLL_S)
+        token_ids = self._ticket.token_ids(len(self._is_sampling))
+        token_ids[~self._is_sampling] = -1
+        return StepOutput(
+            token_ids=token_ids,
+            logprobs={row: values.to_host() for row, values in self._logprobs.items()},
         )
 
 

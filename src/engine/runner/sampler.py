@@ -124,9 +124,25 @@ class Sampler:
         """
         return self._state.variant(rows)
 
+    def live_variant(self) -> SamplerVariant:
+        """The variant that serves any batch of the rows set so far; cheap while none changes."""
+        return self._state.live_variant()
+
     def flush(self) -> None:
         """Send rows changed since the last call to the device, on the current stream."""
         self._state.flush()
+
+    def flush_lists(self) -> None:
+        """Send changed lists and counts only; see `take_changed_settings`."""
+        self._state.flush_lists()
+
+    def take_changed_settings(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Changed rows of `tables.settings` for the caller to bring to the device.
+
+        Returns:
+            State indices [R] int32 and their words [R, 16] int32. They count as sent.
+        """
+        return self._state.take_changed_settings()
 
     def sample(
         self,

@@ -78,6 +78,7 @@ class SamplingState:
         self._draws = np.full(self._num_rows, GREEDY, np.uint8)
         self._has_sparse = np.zeros(self._num_rows, np.bool_)
         self._has_penalties = np.zeros(self._num_rows, np.bool_)
+        self._live_variant: SamplerVariant | None = None
         self._fixed_entries: dict[int, dict[int, tuple[float, int]]] = {}
         self._changed_settings: set[int] = set()
         self._changed_sparse: set[int] = set()
@@ -97,6 +98,7 @@ class SamplingState:
         bad_words_ids: Sequence[Sequence[int]],
     ) -> None:
         """See `Sampler.set_row`."""
+        self._live_variant = None
         self._reset_settings(row)
         floats, words = self._floats[row], self.settings[row]
         temperature = params.temperature
@@ -138,6 +140,7 @@ class SamplingState:
 
     def free_row(self, row: int) -> None:
         """See `Sampler.free_row`."""
+        self._live_variant = None
         self._reset_settings(row)
         self._draws[row] = GREEDY
         self._has_penalties[row] = False
@@ -159,19 +162,46 @@ class SamplingState:
             has_penalties=bool(self._has_penalties[rows].any()),
         )
 
+    def live_variant(self) -> SamplerVariant:
+        """The variant of all rows together, whoever of them is in the batch.
+
+        Worked out anew only after a row has changed, and without giving up the GIL.
+        """
+        if self._live_variant is None:
+            has_sparse = bool(np.count_nonzero(self._has_sparse))
+            self._live_variant = SamplerVariant(
+                draw=int(self._draws.max()),
+                sparse_width=self.sparse.shape[2] if has_sparse and self.sparse is not None else 0,
+                has_penalties=bool(np.count_nonzero(self._has_penalties)),
+            )
+        return self._live_variant
+
     def flush(self) -> None:
         """Send changed rows to the device; nothing to do on a CPU."""
         if not self._is_cpu:
             self._upload(self.tables.settings, self.settings, self._changed_settings)
+        self._changed_settings.clear()
+        self.flush_lists()
+
+    def flush_lists(self) -> None:
+        """Send changed lists and counts, which few requests have, but not the settings."""
+        if not self._changed_sparse and not self._changed_counts:
+            return
+        if not self._is_cpu:
             if self.tables.sparse is not None and self.sparse is not None:
                 self._upload(self.tables.sparse, self.sparse, self._changed_sparse)
             for row, row_counts in self._changed_counts.items():
                 assert self.tables.counts is not None, "counts are allocated with the first penalty"
                 pinned = torch.from_numpy(row_counts).pin_memory()
                 self.tables.counts[row].copy_(pinned, non_blocking=True)
-        self._changed_settings.clear()
         self._changed_sparse.clear()
         self._changed_counts.clear()
+
+    def take_changed_settings(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """State indices [R] with new settings and their words [R, 16]; they count as sent."""
+        rows = np.fromiter(self._changed_settings, np.int32, len(self._changed_settings))
+        self._changed_settings.clear()
+        return rows, self.settings[rows.astype(np.intp)]
 
     def _upload(
         self, table: torch.Tensor, host: npt.NDArray[np.int32], changed_rows: set[int]
@@ -246,6 +276,7 @@ class SamplingState:
             wider[:, :, :width] = self.sparse
         self.sparse = wider
         host = torch.from_numpy(wider)
+        self._live_variant = None
         # A new tensor, never a resized one: steps in flight still read the old.
         self.tables.sparse = host if self._is_cpu else host.to(self._device)
 
@@ -262,7 +293,9 @@ class SamplingState:
             lists[0, slot] = token_id
             lists[1].view(np.float32)[slot] = bias
             lists[2, slot] = banned_before
-        self._has_sparse[row] = bool(entries)
+        if self._has_sparse[row] != bool(entries):
+            self._live_variant = None
+            self._has_sparse[row] = bool(entries)
         self._changed_sparse.add(row)
 
 

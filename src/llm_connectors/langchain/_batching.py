@@ -14,9 +14,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from engine import EngineError, RequestOutput, RequestTimeoutError
 from llm_connectors.langchain._fields import CallOptions
@@ -41,12 +41,13 @@ class Run(ABC, Generic[ResultT]):
     def cached(self) -> ResultT | None:
         """The result out of LangChain's cache, if it is there."""
 
+    @classmethod
     @abstractmethod
-    def prompt(self, engine: Engine) -> Prompt:
-        """What to submit.
+    def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
+        """What to submit for each of `runs`, which are of one call.
 
         Raises:
-            EngineError: The input cannot be rendered.
+            EngineError: An input cannot be rendered.
         """
 
     @abstractmethod
@@ -134,7 +135,8 @@ def _outcomes(
         return
     outputs = serve(
         engine,
-        [lambda run=runs[index]: run.prompt(engine) for index in missing],  # type: ignore[misc]
+        lambda positions: type(runs[0]).prompts(engine, [runs[missing[one]] for one in positions]),
+        len(missing),
         options,
         max_in_flight=max_in_flight,
         as_completed=as_completed,
@@ -152,7 +154,8 @@ def _outcomes(
 
 def serve(
     engine: Engine,
-    prompts: Sequence[Callable[[], Prompt]],
+    render: Callable[[Sequence[int]], list[Prompt]],
+    num_prompts: int,
     options: CallOptions,
     *,
     max_in_flight: int | None = None,
@@ -162,22 +165,23 @@ def serve(
 
     Args:
         engine: Who serves.
-        prompts: Functions that render each prompt; they may raise `EngineError`.
+        render: The prompts of some indices, rendered together; may raise `EngineError`.
+        num_prompts: Their indices are 0 to `num_prompts` - 1.
         options: The same for all.
         max_in_flight: Requests submitted and not finished at most. `None`: all of them.
         as_completed: Yield in order of completion instead of submission.
     """
-    limit = max_in_flight or len(prompts)
-    is_capped = limit < len(prompts)
+    limit = max_in_flight or num_prompts
+    is_capped = limit < num_prompts
     collector = _AsCompleted(options) if is_capped or as_completed else _InOrder(options)
     num_submitted = num_in_flight = 0
     try:
-        while num_submitted < len(prompts) or num_in_flight:
-            room = min(limit - num_in_flight, MAX_PROMPTS_PER_SUBMIT, len(prompts) - num_submitted)
+        while num_submitted < num_prompts or num_in_flight:
+            room = min(limit - num_in_flight, MAX_PROMPTS_PER_SUBMIT, num_prompts - num_submitted)
             if room > 0:
                 indices = range(num_submitted, num_submitted + room)
                 num_submitted += room
-                handles, failed = _submit(engine, prompts, indices, options)
+                handles, failed = _submit(engine, render, indices, options)
                 for index, handle in handles:
                     collector.add(index, handle)
                 num_in_flight += len(handles)
@@ -189,21 +193,54 @@ def serve(
         collector.close()
 
 
+async def aserve(
+    engine: Engine,
+    render: Callable[[Sequence[int]], list[Prompt]],
+    num_prompts: int,
+    options: CallOptions,
+) -> AsyncGenerator[tuple[int, RequestOutput | Exception]]:
+    """`serve` for an event loop: all at once, in order of submission, no time limit.
+
+    Prompts are rendered in a worker thread. Leaving early, or cancelling, aborts the rest.
+    """
+    handles: list[tuple[int, RequestHandle]] = []
+    try:
+        for start in range(0, num_prompts, MAX_PROMPTS_PER_SUBMIT):
+            indices = range(start, min(start + MAX_PROMPTS_PER_SUBMIT, num_prompts))
+            ready, failed = await asyncio.to_thread(_rendered, render, indices)
+            # Not in the thread as well: a cancelled task could not abort what it never saw.
+            submitted, refused = _hand_over(engine, ready, options)
+            handles += submitted
+            for index, error in (*failed, *refused):
+                yield index, error
+        for index, handle in handles:
+            try:
+                outcome: RequestOutput | Exception = await handle
+            except Exception as error:
+                outcome = error
+            yield index, outcome
+    finally:
+        for _index, handle in handles:
+            handle.abort()
+
+
 def _submit(
     engine: Engine,
-    prompts: Sequence[Callable[[], Prompt]],
+    render: Callable[[Sequence[int]], list[Prompt]],
     indices: Sequence[int],
     options: CallOptions,
 ) -> tuple[list[tuple[int, RequestHandle]], list[tuple[int, EngineError]]]:
     """Hand prompts over so that they start in the same step; errors stay with their prompt."""
+    ready, failed = _rendered(render, indices)
+    handles, refused = _hand_over(engine, ready, options)
+    return handles, failed + refused
+
+
+def _hand_over(
+    engine: Engine, ready: list[tuple[int, Prompt]], options: CallOptions
+) -> tuple[list[tuple[int, RequestHandle]], list[tuple[int, EngineError]]]:
     handles: list[tuple[int, RequestHandle]] = []
     failed: list[tuple[int, EngineError]] = []
-    ready: list[tuple[int, Prompt]] = []
-    for index in indices:
-        try:
-            ready.append((index, prompts[index]()))
-        except EngineError as error:
-            failed.append((index, error))
     if not ready:
         return handles, failed
     try:
@@ -219,6 +256,23 @@ def _submit(
             except EngineError as error:
                 failed.append((index, error))
     return handles, failed
+
+
+def _rendered(
+    render: Callable[[Sequence[int]], list[Prompt]], indices: Sequence[int]
+) -> tuple[list[tuple[int, Prompt]], list[tuple[int, EngineError]]]:
+    """All prompts together or, where one cannot be rendered, each by itself."""
+    try:
+        return list(zip(indices, render(indices), strict=True)), []
+    except EngineError:
+        ready: list[tuple[int, Prompt]] = []
+        failed: list[tuple[int, EngineError]] = []
+        for index in indices:
+            try:
+                ready += [(index, prompt) for prompt in render([index])]
+            except EngineError as error:
+                failed.append((index, error))
+        return ready, failed
 
 
 class _Collector(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from langchain_core.callbacks import Callbacks
@@ -16,26 +16,31 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
-from llm_connectors.langchain._batching import serve_runs
-from llm_connectors.langchain._chat_runs import ChatListCall
+from engine import EngineError, RequestOutput
+from llm_connectors.langchain._batching import aserve, serve_runs
+from llm_connectors.langchain._chat_runs import ChatListCall, ChatRun
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
+from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
 if TYPE_CHECKING:
     from engine import Engine
 
 
 class ChatLists(LocalModelFields, BaseChatModel):
-    """`generate`, `batch` and `batch_as_completed` over one hand-over to the engine.
+    """`generate`, `batch`, `abatch` and `batch_as_completed` over one hand-over to the engine.
 
-    `agenerate`, `abatch` and `abatch_as_completed` are LangChain's own: they gather native async
-    calls, which reach the engine together.
+    `agenerate` and `abatch_as_completed` are LangChain's own: they gather native async calls, which
+    reach the engine together.
     """
 
     @abstractmethod
-    def _render(
-        self, engine: Engine, messages: Sequence[BaseMessage], options: CallOptions
-    ) -> list[int]:
-        """Token ids of a conversation, ready to submit.
+    def _render_batch(
+        self,
+        engine: Engine,
+        conversations: Sequence[Sequence[BaseMessage]],
+        options: CallOptions,
+    ) -> list[list[int]]:
+        """Token ids of conversations, ready to submit.
 
         Raises:
             RequestError: The messages or the template cannot be used.
@@ -101,7 +106,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         """
         configs = get_config_list(config, len(inputs))
         call = ChatListCall(self, kwargs, configs)
-        if len(inputs) < 2 or call.needs_single_calls:
+        if len(inputs) < 2 or (call.is_watched and call.needs_single_calls):
             capped = self._with_thread_cap(configs)
             return super().batch(inputs, capped, return_exceptions=return_exceptions, **kwargs)
         outcomes = dict(self._serve_inputs(call, inputs, return_exceptions, as_completed=False))
@@ -139,7 +144,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         """`batch`, yielding (index, answer) as answers finish. Leaving early aborts the rest."""
         configs = get_config_list(cast("RunnableConfig", config), len(inputs))
         call = ChatListCall(self, kwargs, configs)
-        if len(inputs) < 2 or call.needs_single_calls:
+        if len(inputs) < 2 or (call.is_watched and call.needs_single_calls):
             return super().batch_as_completed(
                 inputs,
                 self._with_thread_cap(configs),
@@ -147,6 +152,71 @@ class ChatLists(LocalModelFields, BaseChatModel):
                 **kwargs,
             )
         return self._serve_inputs(call, inputs, return_exceptions, as_completed=True)
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """`batch`, awaited. Rendering happens in a worker thread; the event loop goes on.
+
+        Where somebody watches, or there is a time limit or a cap, each input is an `ainvoke`.
+        """
+        configs = get_config_list(config, len(inputs))
+        call = ChatListCall(self, kwargs, configs)
+        is_plain = call.max_concurrency is None and kwargs.get("timeout", self.timeout) is None
+        if len(inputs) < 2 or not is_plain or call.is_watched:
+            return await super().abatch(
+                inputs, configs, return_exceptions=return_exceptions, **kwargs
+            )
+        outcomes: dict[int, AIMessage | Exception] = {}
+        conversations = self._conversations(inputs, outcomes if return_exceptions else None)
+        runs = [call.start(index, messages) for index, messages in conversations.items()]
+        indices = list(conversations)
+        try:
+            with LANGCHAIN_ERRORS.converting():
+                options, engine = call.options, await self._aengine()
+        except EngineError as error:
+            if not return_exceptions:
+                raise
+            return [cast("AIMessage", outcomes.get(one, error)) for one in range(len(inputs))]
+        served = aserve(
+            engine,
+            lambda positions: ChatRun.prompts(engine, [runs[one] for one in positions]),
+            len(runs),
+            options,
+        )
+        async with aclosing(served):
+            async for position, output in served:
+                index = indices[position]
+                if isinstance(output, RequestOutput):
+                    outcomes[index] = runs[position].answer(output)
+                    continue
+                failure = _as_ours(output)
+                if not return_exceptions:
+                    raise failure
+                outcomes[index] = failure
+        return [cast("AIMessage", outcomes[index]) for index in range(len(inputs))]
+
+    def _conversations(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        failed: dict[int, AIMessage | Exception] | None,
+    ) -> dict[int, list[BaseMessage]]:
+        """Index -> messages. Errors go into `failed`; without one, the first is raised."""
+        conversations: dict[int, list[BaseMessage]] = {}
+        for index, one in enumerate(inputs):
+            try:
+                conversations[index] = self._convert_input(one).to_messages()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[index] = error
+        return conversations
 
     def _serve_inputs(
         self,
@@ -156,14 +226,9 @@ class ChatLists(LocalModelFields, BaseChatModel):
         *,
         as_completed: bool,
     ) -> Generator[tuple[int, AIMessage | Exception]]:
-        conversations: dict[int, list[BaseMessage]] = {}
-        for index, one in enumerate(inputs):
-            try:
-                conversations[index] = self._convert_input(one).to_messages()
-            except Exception as error:
-                if not return_exceptions:
-                    raise
-                yield index, error
+        failed: dict[int, AIMessage | Exception] = {}
+        conversations = self._conversations(inputs, failed if return_exceptions else None)
+        yield from failed.items()
         runs = [call.start(index, messages) for index, messages in conversations.items()]
         indices = list(conversations)
         served = serve_runs(
@@ -195,3 +260,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         names = {name for usage in usages for name in usage}
         total = {name: sum(usage[name] for usage in usages) for name in sorted(names)}
         return {"token_usage": total, "model_name": self.model}
+
+
+def _as_ours(error: Exception) -> Exception:
+    return LANGCHAIN_ERRORS.convert(error) if isinstance(error, EngineError) else error

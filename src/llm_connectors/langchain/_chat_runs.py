@@ -10,17 +10,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.callbacks import CallbackManager, CallbackManagerForLLMRun
+from langchain_core.globals import get_llm_cache
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.utils.utils import LC_ID_PREFIX
+from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
 from engine import RequestOutput
-from llm_connectors.langchain._batching import Run
+from llm_connectors.langchain._batching import Prompt, Run
 from llm_connectors.langchain._list_call import ListCall
 from llm_connectors.langchain._outputs import chat_result
 
@@ -58,9 +60,34 @@ class ChatListCall(ListCall):
             for one in watchers
         )
 
+    @cached_property
+    def is_watched(self) -> bool:
+        """Whether somebody is told of the runs, or something may answer or stop them.
+
+        That is callbacks, tracing, a cache, a rate limiter, `streaming`. Where there is nothing of
+        it, LangChain's managers would be made, which is most of the cost of a call, for nobody.
+        """
+        model = self.model
+        if model.rate_limiter is not None or (
+            model.cache is not False and (model.cache is not None or get_llm_cache() is not None)
+        ):
+            return True
+        given = [config.get("callbacks") for config in self.configs]
+        return any(
+            CallbackManager.configure(callbacks, model.callbacks, model.verbose).handlers
+            for callbacks in {id(callbacks): callbacks for callbacks in given}.values()
+        ) or model._should_stream(async_api=False, **self.kwargs)
+
     def start(self, index: int, messages: list[BaseMessage]) -> ChatRun:
         """Fire the start callbacks of one conversation, with the config of its own."""
         config = self.configs[index]
+        if not self.is_watched:
+            run_id = config.get("run_id") or uuid7()
+            return ChatRun(
+                self,
+                messages,
+                CallbackManagerForLLMRun(run_id=run_id, handlers=[], inheritable_handlers=[]),
+            )
         (run,) = self._start(
             self.managers[index], [messages], config.get("run_name"), config.get("run_id")
         )
@@ -125,9 +152,12 @@ class ChatRun(Run[ChatResult]):
             return None
         return ChatResult(generations=self._call.model._convert_cached_generations(hit))
 
+    @classmethod
     @override
-    def prompt(self, engine: Engine) -> list[int]:
-        return self._call.model._render(engine, self._messages, self._call.options)
+    def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
+        call = runs[0]._call
+        conversations = [run._messages for run in runs]
+        return list(call.model._render_batch(engine, conversations, call.options))
 
     @override
     def result(self, output: RequestOutput) -> ChatResult:
@@ -147,6 +177,10 @@ class ChatRun(Run[ChatResult]):
                 self._cached_prompt, self._call.cache_key, list(result.generations)
             )
         return result
+
+    def answer(self, output: RequestOutput) -> AIMessage:
+        """What `invoke` returns: the first generation's message."""
+        return cast("AIMessage", self.result(output).generations[0].message)
 
     @override
     def end(self, result: ChatResult) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,9 +13,11 @@ from engine import RequestError, SamplingParams
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
+    Memo,
     SamplingFields,
     check_names,
     make_sampling_params,
+    memoised,
     merge_stop,
     resolve_aliases,
 )
@@ -93,7 +94,7 @@ class LocalModelFields(SamplingFields):
     """Accepted for the same reason. There is nobody to show it to."""
 
     _lease: EngineLease = PrivateAttr()
-    _params_memo: tuple[dict[str, Any], SamplingParams] | None = PrivateAttr(default=None)
+    _params_memo: Memo[SamplingParams] | None = PrivateAttr(default=None)
 
     _own_call_names: ClassVar[tuple[str, ...]] = ()
     """Fields of the class, beside those of this mixin, that a call may override."""
@@ -232,14 +233,8 @@ class LocalModelFields(SamplingFields):
         fields = self.sampling_values()
         if given:
             return make_sampling_params(fields, given)
-        memo = self._params_memo
-        if memo is None or memo[0] != fields:
-            # Copies of containers notice a later change inside a list that a field holds.
-            seen = {
-                name: copy.deepcopy(value) if isinstance(value, list | dict) else value
-                for name, value in fields.items()
-            }
-            memo = self._params_memo = (seen, make_sampling_params(fields))
+        memo = memoised(self._params_memo, fields, make_sampling_params)
+        self._params_memo = memo
         return memo[1]
 
     # ---------------------------------------------------------------- identity

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
@@ -11,7 +12,7 @@ from langchain_core.outputs import Generation, LLMResult
 from typing_extensions import override
 
 from engine import RequestOutput
-from llm_connectors.langchain._batching import Run
+from llm_connectors.langchain._batching import Prompt, Run
 from llm_connectors.langchain._list_call import ListCall
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ class TextRun(Run[LLMResult]):
         hit = cache.lookup(self._text, self._call.cache_key)
         return LLMResult(generations=[list(hit)]) if isinstance(hit, list) else None
 
+    @classmethod
     @override
-    def prompt(self, engine: Engine) -> str:
-        return self._text
+    def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
+        return [run._text for run in runs]
 
     @override
     def result(self, output: RequestOutput) -> LLMResult:

@@ -15,7 +15,8 @@ from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from engine import Delta, RequestError, RequestOutput
 from llm_connectors.langchain._chat_lists import ChatLists
+from llm_connectors.langchain._chat_runs import ChatListCall
 from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions
 from llm_connectors.langchain._messages import to_conversation
 from llm_connectors.langchain._outputs import chat_chunk, chat_result
@@ -87,6 +89,48 @@ class ChatLocal(ChatLists):
     # ---------------------------------------------------------------- one conversation
 
     @override
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """The answer to one input.
+
+        Where nobody watches (no callbacks, no tracing) and there is no cache and no rate limiter,
+        LangChain's event machinery, the larger part of a call's cost, is left out.
+        """
+        config = ensure_config(config)
+        call = ChatListCall(self, {**kwargs, "stop": stop}, [config])
+        if call.is_watched:
+            return super().invoke(input, config, stop=stop, **kwargs)
+        messages = self._convert_input(input).to_messages()
+        with LANGCHAIN_ERRORS.converting():
+            output = self._answer(messages, call.options)
+        return call.start(0, messages).answer(output)
+
+    @override
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """`invoke`, awaited. Cancelling the task aborts the request."""
+        config = ensure_config(config)
+        call = ChatListCall(self, {**kwargs, "stop": stop}, [config])
+        if call.is_watched:
+            return await super().ainvoke(input, config, stop=stop, **kwargs)
+        messages = self._convert_input(input).to_messages()
+        with LANGCHAIN_ERRORS.converting():
+            output = await self._aanswer(messages, call.options)
+        return call.start(0, messages).answer(output)
+
+    @override
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -96,14 +140,7 @@ class ChatLocal(ChatLists):
     ) -> ChatResult:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            engine = self._engine()
-            prompt = self._render(engine, messages, options)
-            handle = engine.submit(prompt, options.params, **options.submit)
-            try:
-                output = handle.result(timeout=options.timeout)
-            finally:
-                handle.abort()  # changes nothing once there is a result
-            return chat_result(output, self.model, options.params)
+            return chat_result(self._answer(messages, options), self.model, options.params)
 
     @override
     async def _agenerate(
@@ -115,11 +152,25 @@ class ChatLocal(ChatLists):
     ) -> ChatResult:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            engine = await self._aengine()
-            prompt = await self._arender(engine, messages, options)
-            handle = engine.submit(prompt, options.params, **options.submit)
-            output = await wait(handle, options.timeout)
+            output = await self._aanswer(messages, options)
             return chat_result(output, self.model, options.params)
+
+    def _answer(self, messages: Sequence[BaseMessage], options: CallOptions) -> RequestOutput:
+        engine = self._engine()
+        prompt = self._render(engine, messages, options)
+        handle = engine.submit(prompt, options.params, **options.submit)
+        try:
+            return handle.result(timeout=options.timeout)
+        finally:
+            handle.abort()  # changes nothing once there is a result
+
+    async def _aanswer(
+        self, messages: Sequence[BaseMessage], options: CallOptions
+    ) -> RequestOutput:
+        engine = await self._aengine()
+        prompt = await self._arender(engine, messages, options)
+        handle = engine.submit(prompt, options.params, **options.submit)
+        return await wait(handle, options.timeout)
 
     @override
     def _stream(
@@ -182,6 +233,19 @@ class ChatLocal(ChatLists):
     ) -> list[int]:
         return engine.apply_chat_template(
             to_conversation(messages),
+            chat_template=options.own["chat_template"],
+            **options.own["chat_template_kwargs"],
+        )
+
+    @override
+    def _render_batch(
+        self,
+        engine: Engine,
+        conversations: Sequence[Sequence[BaseMessage]],
+        options: CallOptions,
+    ) -> list[list[int]]:
+        return engine.apply_chat_template_batch(
+            [to_conversation(messages) for messages in conversations],
             chat_template=options.own["chat_template"],
             **options.own["chat_template_kwargs"],
         )

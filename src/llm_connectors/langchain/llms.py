@@ -95,7 +95,9 @@ class LocalLLM(LocalModelFields, BaseLLM):
             options = self._call_options(stop, kwargs)
             engine = self._engine()
             outputs: list[RequestOutput] = []
-            served = serve(engine, [partial(str, text) for text in prompts], options)
+            served = serve(
+                engine, lambda indices: [prompts[one] for one in indices], len(prompts), options
+            )
             with closing(served):
                 for _index, output in served:
                     if isinstance(output, Exception):

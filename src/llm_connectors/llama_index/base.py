@@ -20,8 +20,10 @@ from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
+    Memo,
     SamplingFields,
     check_names,
+    memoised,
     resolve_aliases,
 )
 from llm_connectors._runtime import EngineLease, lease_for
@@ -80,6 +82,7 @@ class EngineBackedLLM(SamplingFields, LLM):
 
     _lease: EngineLease = PrivateAttr()
     _metadata: tuple[Any, LLMMetadata] | None = PrivateAttr(default=None)
+    _options_memo: Memo[RequestOptions] | None = PrivateAttr(default=None)
 
     def __init__(
         self, model: str | None = None, *, engine: Engine | None = None, **options: Any
@@ -223,7 +226,7 @@ class EngineBackedLLM(SamplingFields, LLM):
         with ERRORS.converting():
             options = self._options(call)
             prompts = self._prompts(engine, options.chat_template)
-            return self._submit(engine, [prompts.chat(item) for item in conversations], options)
+            return self._submit(engine, prompts.chats(conversations), options)
 
     def _submit_completions(
         self, engine: Engine, texts: Sequence[str], formatted: bool, call: dict[str, Any]
@@ -264,7 +267,11 @@ class EngineBackedLLM(SamplingFields, LLM):
             fields = self.sampling_values()
             fields |= {name: getattr(self, name) for name in REQUEST_NAMES}
             fields |= resolve_aliases(self.additional_kwargs)
-            return request_options(fields, call)
+            if call:
+                return request_options(fields, call)
+            memo = memoised(self._options_memo, fields, lambda values: request_options(values, {}))
+            self._options_memo = memo
+            return memo[1]
 
     # ------------------------------------------------------------------ copies
 

@@ -56,6 +56,16 @@ class PromptBuilder:
             return self.engine.apply_chat_template(dicts, chat_template=self.chat_template)
         return self.engine.tokenize(generic_messages(messages))
 
+    def chats(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """`chat` of each conversation, rendered and encoded together."""
+        is_plain = self.messages_to_prompt is generic_messages and self.has_template
+        if len(conversations) < 2 or not is_plain:
+            return [self.chat(messages) for messages in conversations]
+        return self.engine.apply_chat_template_batch(
+            [template_messages(messages) for messages in conversations],
+            chat_template=self.chat_template,
+        )
+
     def completion(self, prompt: str, *, formatted: bool) -> list[int]:
         """Token ids of a completion prompt; `formatted` text is used as it stands."""
         if not isinstance(prompt, str):

@@ -4,6 +4,7 @@ What needs tools or structured output is skipped by the suite itself, because th
 say that they are not there yet.
 """
 
+import gc
 import operator
 from functools import reduce
 
@@ -17,10 +18,17 @@ ENGINE_KWARGS = {"device": "cpu", "num_threads": 1, "max_num_seqs": 16, "max_mod
 
 @pytest.fixture(scope="module", autouse=True)
 def _demo_engine(demo_model):
-    """Loaded once for the module, given back at its end."""
+    """Loaded once for the module, closed at its end.
+
+    An engine stays as long as an object that used it lives, and the suite's own objects live in
+    reference cycles until the garbage collector finds them.
+    """
     chat = ChatLocal(model=demo_model, engine_kwargs=ENGINE_KWARGS).load()
+    engine = chat._engine()
     yield
+    gc.collect()
     chat.close()
+    assert engine.is_closed
 
 
 @pytest.mark.demo_model

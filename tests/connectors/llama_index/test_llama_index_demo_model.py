@@ -153,12 +153,12 @@ def test_batch_equals_single(demo: LocalLLM) -> None:
 
 @pytest.mark.parametrize("endpoint", ["chat", "achat", "stream_complete", "abatch_complete"])
 def test_overflow_before_any_work(demo: LocalLLM, demo_engine: Engine, endpoint: str) -> None:
-    steps = demo_engine.stats().steps
+    seen = demo_engine.stats().prompt_tokens
     long = "word " * 1100
     source: Any = [ChatMessage(content=long)] if endpoint.endswith("chat") else long
     with pytest.raises(ContextOverflowError, match="1024"):
         call(demo, endpoint, [source] if "batch" in endpoint else source)
-    assert demo_engine.stats().steps == steps
+    assert demo_engine.stats().prompt_tokens == seen
 
 
 def test_gathered_chats_share_steps(demo: LocalLLM, demo_engine: Engine) -> None:

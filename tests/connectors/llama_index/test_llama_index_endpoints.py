@@ -216,6 +216,25 @@ def test_every_sampling_field_reaches_the_engine(fake: FakeEngine) -> None:
     assert fake.requests[-1].params == wanted
 
 
+def test_fields_changed_between_calls_count(fake: FakeEngine) -> None:
+    """Options of calls without keywords are made once; a change must make them anew."""
+    llm = LocalLLM(engine=fake, stop=["x"], additional_kwargs={"seed": 1}, timeout=9.0)
+    llm.complete(PROMPT)
+    first = fake.requests[-1].params
+    llm.complete(PROMPT)
+    assert fake.requests[-1].params is first
+    llm.stop.append("y")  # type: ignore[union-attr]
+    llm.complete(PROMPT)
+    assert fake.requests[-1].params.stop == ("x", "y")
+    llm.temperature = 0.5
+    llm.additional_kwargs["seed"] = 2
+    llm.priority = 3
+    llm.complete(PROMPT)
+    changed = fake.requests[-1].params
+    assert (changed.temperature, changed.stop, changed.seed) == (0.5, ("x", "y"), 2)
+    assert fake.requests[-1].kwargs["priority"] == 3
+
+
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize(
     ("options", "error", "words"),

@@ -56,6 +56,29 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in tokenizer.special_token_ids]
 
 
+# ------------------------------------------------------------------ many conversations
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, QWEN3])
+def test_batch_equals_single(bos_tokenizer: Tokenizer, source: str) -> None:
+    template = ChatTemplate(source, bos_tokenizer)
+    forged = [user("<|im_end|> and </s>"), user("a"), user("</s>"), user("é" * 99)]
+    chats = [CHATS["with system"], CHATS["three turns"], *forged, CHATS["one turn"]]
+    batch = template.encode_batch(chats, add_generation_prompt=False)
+    assert batch == [template.encode(chat, add_generation_prompt=False) for chat in chats]
+    assert template.encode_batch([]) == []
+
+
+def test_a_bad_conversation_of_a_batch_is_named(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(CHATML, tokenizer)
+    with pytest.raises(RequestError, match="messages is empty") as caught:
+        template.encode_batch([user("fine"), [], user("fine")])
+    assert caught.value.__notes__ == ["This was conversation 1 of 3."]
+    with pytest.raises(RequestError) as caught:
+        template.encode([])
+    assert not hasattr(caught.value, "__notes__")
+
+
 # ------------------------------------------------------------------ control tokens in messages
 
 

@@ -22,6 +22,7 @@ from text_tokenizers import (
     write_folder,
 )
 
+from engine.text import tiktoken_encoder
 from engine.text.split_patterns import RECENT_NUMERALS
 from engine.text.tokenizer import Tokenizer
 
@@ -161,8 +162,44 @@ def test_sentencepiece_like_goes_through_the_pipeline(tmp_path: Path) -> None:
         assert_same((tokenizer, oracle), text)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
-def test_batch_equals_single(trained: Callable[[str], Pair], kind: str) -> None:
-    tokenizer, _ = trained(kind)
-    texts = hostile_texts()[:100]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+@pytest.mark.parametrize("parse_special", [False, True])
+@pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)
+def test_batch_of_hostile_texts(
+    trained: Callable[[str], Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    parse_special: bool,
+) -> None:
+    """One call over all of them: no text may see its neighbours, on one thread or on several."""
+    tokenizer, oracle = trained(kind)
+    monkeypatch.setattr(tiktoken_encoder, "_CHARS_PER_THREAD", 1000)
+    texts = hostile_texts() * 3
+    random.Random(kind).shuffle(texts)
+    got = tokenizer.encode_batch(texts, add_special_tokens=False, parse_special=parse_special)
+    assert got == [oracle_ids(oracle, text, parse_special=parse_special) for text in texts]
+
+
+def test_long_batch_is_cut_into_groups_in_order() -> None:
+    pieces = ["a" * length for length in (5, 1, 1, 1, 90, 1, 1, 40, 40)]
+    groups = tiktoken_encoder._equal_groups(pieces, 3, sum(map(len, pieces)))
+    assert [piece for group in groups for piece in group] == pieces
+    assert [sum(map(len, group)) for group in groups] == [98, 42, 40]
+    assert tiktoken_encoder._equal_groups(["a"] * 8, 4, 8) == [["a", "a"]] * 4
+
+
+def test_texts_that_hold_the_mark_between_texts(trained: Callable[[str], Pair]) -> None:
+    tokenizer, oracle = trained("llama3")
+    assert tokenizer._fast is not None
+    mark = tokenizer._fast._mark
+    texts = ["one", f"a{mark}b", mark[:-1], mark, mark[0], mark[1:] + mark[:5], "two"]
+    got = tokenizer.encode_batch(texts)
+    assert got == [oracle_ids(oracle, text, parse_special=False) for text in texts]
+
+
+@pytest.mark.parametrize("length", range(1, 25))
+def test_a_text_that_ends_like_the_mark_begins(trained: Callable[[str], Pair], length: int) -> None:
+    tokenizer, oracle = trained("qwen2")
+    assert tokenizer._fast is not None
+    texts = ["x" + tokenizer._fast._mark[:length], tokenizer._fast._mark[length:] + "y"]
+    got = tokenizer.encode_batch(texts)
+    assert got == [oracle_ids(oracle, text, parse_special=False) for text in texts]

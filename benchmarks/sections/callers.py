@@ -1,0 +1,42 @@
+"""What one request costs on the caller's side, in CPU microseconds of the calling thread.
+
+The cases of `frameworks` on a model so small that only the Python around it counts, with answers of
+a few tokens. Time of the engine's own thread is not in it. The best of three runs counts.
+"""
+
+from __future__ import annotations
+
+from plan import Job, Plan, first_token
+from rows import RowFile
+from sections.cases import Cases
+from sections.frameworks import timed_run
+from text_model import text_model, texts_like
+from workloads import SHAPES
+from workloads import chat as chat_requests
+
+SECTION = "callers"
+SHAPE = "tiny"
+MAX_TOKENS = 4
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """One job."""
+    return [Job(SECTION, "all", {}, ())]
+
+
+def measure(plan: Plan, rows: RowFile) -> None:
+    """Microseconds per request of every case."""
+    requests = chat_requests(SHAPES[SHAPE]["vocab_size"], n=16 if plan.is_quick else 1000)
+    with plan.make_engine(SHAPE, folder=str(text_model(SHAPE, plan.text_model))) as engine:
+        first_token(engine)
+        cases = Cases(engine, texts_like(requests, engine.tokenizer), MAX_TOKENS).all()
+        for case, (count, run) in cases.items():
+            cpu_s = min(timed_run(engine, run, count * MAX_TOKENS)[1] for _ in range(3))
+            rows.add(
+                SECTION,
+                case,
+                1e6 * cpu_s / count,
+                "µs/request",
+                shape=SHAPE,
+                requests=count,
+            )
