@@ -42,7 +42,14 @@ def decode(
     q = on_device.q[: on_device.metadata.num_decodes]
     outs = torch.full((2, len(q), q.shape[1] * q.shape[2]), fill, dtype=q.dtype, device=device)
     dispatch.begin_step(on_device.metadata)
-    arguments = {"sliding_window": None, "logit_softcap": 0.0, **options}
+    head_dim = q.shape[2]
+    arguments = {
+        "sliding_window": None,
+        "logit_softcap": 0.0,
+        "tiles": tiles_for(q.dtype, head_dim),
+        "tiles_of_prefixes": prefix_tiles_for(q.dtype, head_dim),
+        **options,
+    }
     for out in outs:
         kernels("decode_attention").decode_attention(
             q,
@@ -79,7 +86,15 @@ def captured(case: AttentionCase, num_decodes: int, seed: int = 0) -> AttentionM
 
 
 def tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
-    return dataclasses.replace(kernels("decode_attention").decode_tiles(dtype, head_dim), **changes)
+    """Launch shape; in the interpreter, whose time goes by operations, with wider tiles."""
+    tiles = kernels("decode_attention").decode_tiles(dtype, head_dim)
+    return dataclasses.replace(tiles, **({"block_n": 64} if IS_INTERPRETED else {}), **changes)
+
+
+def prefix_tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
+    tiles = kernels("shared_prefix").prefix_tiles(dtype, head_dim)
+    wide = {"block_m": 32, "block_n": 64} if IS_INTERPRETED else {}
+    return dataclasses.replace(tiles, **wide, **changes)
 
 
 LENGTHS = [(0, 1), (300, 1), (63, 1), (700, 1), *on_gpu_only((5000, 1), (20000, 1)), (64, 1)]
@@ -260,9 +275,7 @@ def test_shared_prefixes(
     want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
     arguments = {
         "tiles": tiles_for(dtype, 64, merge_here=merge_here),
-        "tiles_of_prefixes": dataclasses.replace(
-            kernels("shared_prefix").prefix_tiles(dtype, 64), split=128, max_splits=4
-        ),
+        "tiles_of_prefixes": prefix_tiles_for(dtype, 64, split=128, max_splits=4),
     }
     metadata = without_borrowed_entries(case)
     got = decode(case, device, metadata=metadata, **arguments)

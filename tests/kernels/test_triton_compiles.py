@@ -110,6 +110,7 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
         "ITEM": decode_plan.ITEM,
         "MERGE_HERE": True,
         "USE_PDL": True,
+        "AFTER_PREFIXES": True,
         "HAS_THREADS": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,

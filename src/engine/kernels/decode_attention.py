@@ -23,14 +23,24 @@ FlashDecoding (Dao et al., 2023) with a work list:
 
 Programs are as many as fit the device, not as many as there are splits, so nothing depends on the
 longest sequence a graph may meet. Neighbouring programs take the KV heads of one item, whose rows
-are adjacent in memory. With MERGE_HERE the program that finishes a sequence's last split joins
-them all: it alone sees the count reach the number of splits, after a barrier of its threads and an
-acquire; the sums are read past the first-level cache. It sets the count back to zero for the next
-layer. Whichever program it is, it adds in the order of the splits: the same bits every time.
+are adjacent in memory.
+
+A program runs through the tiles of all its items in one loop: the keys of the next item are on
+their way while the sums of this one are stored or merged. A loop per item cost 5 us for each of
+them (H100), in which nothing was in flight. What the loads ahead follow from is chosen by selection
+instead of branches, an item and a block id early; a branch would end the pipeline there.
+
+With `merge_here` the program that finishes a sequence's last split joins them all: it alone sees
+the count reach the number of splits, after a barrier of its threads and an acquire; the sums are
+read past the first-level cache. It sets the count back to zero for the next layer. Whichever
+program it is, it adds in the order of the splits: the same bits every time. Otherwise
+`_merge_kernel` does.
+
+With `use_pdl` programs start while the kernel before is ending, and wait for it. Behind
+`_prefix_kernel` they wait only before they merge.
 
 The query heads of one KV head are the rows of one tile, padded to 16 for the tensor cores: the
 keys are read once for all of them, and padding rows cost nothing where bandwidth is the limit.
-Only the last tile of a sequence is masked (every tile under a sliding window).
 
 Numerics: see `attention_tiles`; partial sums are fp32. All offsets that multiply a stride are
 int64. constexpr: everything that is fixed per model. Batch size, list length and the number of
@@ -48,6 +58,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
@@ -86,12 +97,12 @@ class DecodeTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    split: int = 256
+    split: int = 512
     max_splits: int = 32
-    merge_splits: int = 4
+    merge_splits: int = 8
     max_registers: int | None = None
-    merge_here: bool = False
-    use_pdl: bool = False
+    merge_here: bool = True
+    use_pdl: bool = True
 
     @property
     def layout(self) -> SplitLayout:
@@ -102,15 +113,16 @@ class DecodeTiles:
 def decode_tiles(dtype: torch.dtype, head_dim: int) -> DecodeTiles:
     """Tiles for a dtype and head size.
 
-    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold,
-    read off the compiler (triton 3.9, sm_90): 70 KiB and 128 registers at head_dim 128, 36 KiB
-    and 96 registers at 64.
+    Read off the compiler (triton 3.6, sm_90): 80 KiB at head_dim 128, 40 KiB at 64; without the
+    bound on registers merging in the loop would take up to 255 of them, with it nothing spills.
     """
     if dtype == torch.float32:
         return DecodeTiles(32, 2, 4, 2)
     if head_dim > 128:
-        return DecodeTiles(32, 3, 4, 3)
-    return DecodeTiles(64, 3, 4, 3 if head_dim > 64 else 5)
+        return DecodeTiles(32, 3, 4, 2)
+    if head_dim > 64:
+        return DecodeTiles(64, 3, 4, 2, max_registers=168)
+    return DecodeTiles(64, 3, 4, 4, max_registers=128)
 
 
 @triton.jit
@@ -236,12 +248,20 @@ def _count_tiles(
 
 @triton.jit
 def _await_threads():
-    """A barrier of the program's threads: `tl.debug_barrier` would end the pipelining of a loop.
+    """`tl.debug_barrier`, which would end the pipelining of the loop around it, as assembly.
 
     The interpreter has neither threads nor assembly.
     """
     tl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _await_prefixes():
+    """`gdc_wait`, likewise."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -276,6 +296,7 @@ def _split_kernel(
     ITEM: tl.constexpr,
     MERGE_HERE: tl.constexpr,
     USE_PDL: tl.constexpr,
+    AFTER_PREFIXES: tl.constexpr,
     HAS_THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -283,7 +304,11 @@ def _split_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    if USE_PDL:
+    if AFTER_PREFIXES:
+        # `_prefix_kernel` let this one start when all before it was done: queries and keys are
+        # there, only its own sums are not.
+        gdc_launch_dependents()
+    elif USE_PDL:
         follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     num_programs = tl.num_programs(0)
@@ -367,6 +392,8 @@ def _split_kernel(
                         _await_threads()
                     if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
                         tl.store(arrival_ptr, 0)
+                        if AFTER_PREFIXES:
+                            _await_prefixes()
                         _merge_splits(
                             partial_ptr,
                             stats_ptr,
@@ -396,6 +423,9 @@ def _split_kernel(
         next_item = _choose_item(is_last, loaded, next_item)
         table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
         block_ids = load_block_ids(table_ptr, tile, item[3], BLOCK_N, BLOCK_SIZE)
+    if AFTER_PREFIXES:
+        # Whoever waits for this kernel counts on everything before it.
+        _await_prefixes()
 
 
 @triton.jit
@@ -542,6 +572,7 @@ def decode_attention(
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
         USE_PDL=use_pdl,
+        AFTER_PREFIXES=use_pdl and plan.prefix_items is not None and tiles_of_prefixes.use_pdl,
         HAS_THREADS=q.is_cuda,
         BLOCK_M=max(16, block_g),
         BLOCK_N=tiles.block_n,

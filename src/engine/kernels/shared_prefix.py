@@ -38,11 +38,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
     attend_tiles,
-    follow_kernel_before,
     num_multiprocessors,
 )
 from engine.kernels.decode_plan import HEADER, ITEM, DecodePlan, PrefixLayout, SplitLayout
@@ -69,9 +69,9 @@ class PrefixTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    split: int = 512
+    split: int = 1024
     max_splits: int = 16
-    use_pdl: bool = False
+    use_pdl: bool = True
 
     @property
     def layout(self) -> PrefixLayout:
@@ -121,7 +121,9 @@ def _prefix_kernel(
     BLOCK_N: tl.constexpr,
 ):
     if USE_PDL:
-        follow_kernel_before()
+        # In this order: the next kernel reads the queries without waiting for this one.
+        gdc_wait()
+        gdc_launch_dependents()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     columns = tl.arange(0, BLOCK_D)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
