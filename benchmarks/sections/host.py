@@ -2,8 +2,8 @@
 
 The engine is whole (scheduler, output, handles, connectors) but for its runner, which answers each
 step after about as long as llama-135m takes on an H100. What a case takes over `Engine.generate` is
-what the interpreter costs: rendering, callbacks, streams, and the application's own threads. Each
-case runs three times, the median counts; wall seconds.
+what the interpreter costs: rendering, callbacks, streams. Each case runs three times, the median
+counts; wall seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from plan import Job, Plan, first_token
 from rows import RowFile
-from sections.busy import Spinners
 from sections.cases import ENGINE_CASE, Cases
 from sections.frameworks import timed_run
 from text_model import text_model, texts_like
@@ -89,7 +88,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def measure(plan: Plan, rows: RowFile) -> None:
-    """Every case, then the engine beside spinning threads."""
+    """Every case against the engine."""
     num_requests, max_tokens = (12, 8) if plan.is_quick else (1000, MAX_TOKENS)
     requests = chat_requests(SHAPES[SHAPE]["vocab_size"], n=num_requests)
     with plan.make_engine(SHAPE, folder=str(text_model(SHAPE, plan.text_model))) as engine:
@@ -105,19 +104,6 @@ def measure(plan: Plan, rows: RowFile) -> None:
             over = seconds / yardsticks.get(count, seconds) - 1
             rows.add(
                 SECTION, case, seconds, "s", requests=count, caller_cpu_s=caller_cpu_s, over=over
-            )
-        count, run = cases[ENGINE_CASE]
-        for spinners in (1, 4):
-            with Spinners(spinners):
-                seconds, caller_cpu_s = _median(engine, run, count * max_tokens)
-            rows.add(
-                SECTION,
-                f"{ENGINE_CASE}, {spinners} spinning",
-                seconds,
-                "s",
-                requests=count,
-                caller_cpu_s=caller_cpu_s,
-                over=seconds / yardsticks[count] - 1,
             )
 
 
