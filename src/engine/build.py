@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
+from engine.loader.gguf_blocks import BITS_OF_TYPE
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
 from engine.models.decoder import Decoder, weight_bytes
+from engine.models.quantised_loading import can_run_quantised
 from engine.models.registry import decoder_config
 from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
 from engine.runner.model_runner import ModelRunner
-from engine.runner.threads import in_short_lived_thread
+from engine.runner.threads import in_short_lived_thread, set_own_num_threads
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,14 @@ def build_parts(config: EngineConfig) -> EngineParts:
     """
     device = resolve_device(config.device)
     if device.type == "cpu":
-        return in_short_lived_thread(lambda: _build_parts(config, device))
+        return in_short_lived_thread(lambda: _build_on_cpu(config, device))
+    return _build_parts(config, device)
+
+
+def _build_on_cpu(config: EngineConfig, device: torch.device) -> EngineParts:
+    # Loading is Python, NumPy and passes over memory. Two threads win nothing, and spin for each
+    # other for seconds beside a busy process.
+    set_own_num_threads(1)
     return _build_parts(config, device)
 
 
@@ -88,7 +98,12 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
-        num_weight_bytes = weight_bytes(model_config, dtype, device)
+        stays_quantised = runs_quantised(config, files, device, dtype)
+        num_weight_bytes = (
+            _quantised_bytes(files, dtype)
+            if stays_quantised
+            else weight_bytes(model_config, dtype, device)
+        )
         check_weights_fit(num_weight_bytes, device, config)
         model = Decoder(
             model_config,
@@ -98,7 +113,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             batch_invariant=config.batch_invariant,
         )
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
-            model.load(checkpoint)
+            model.load(checkpoint, checkpoint if stays_quantised else None)
         resolved = _resolve_sizes(config, model, device, dtype)
         scheduler = Scheduler(
             max_num_seqs=resolved.max_num_seqs,
@@ -210,6 +225,29 @@ def resolve_dtype(name: str, files: ModelFiles, device: torch.device) -> torch.d
         is_half = str(stored).removeprefix("torch.") == "float16"
         return torch.bfloat16 if has_bfloat16 and not is_half else torch.float16
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def runs_quantised(
+    config: EngineConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether quantised weights are computed with as they are: GGUF files on a CPU, by default.
+
+    A dtype that is asked for means weights of that dtype.
+    """
+    is_wanted = config.dtype == "auto" and files.gguf is not None and config.load_format != "dummy"
+    can_run = device.type == "cpu" and dtype is torch.bfloat16
+    return is_wanted and can_run and can_run_quantised()
+
+
+def _quantised_bytes(files: ModelFiles, dtype: torch.dtype) -> int:
+    """Memory of the weights of a GGUF file of which the quantised ones stay as they are."""
+    assert files.gguf is not None
+    return sum(
+        info.num_bytes
+        if info.ggml_type.name in BITS_OF_TYPE
+        else math.prod(info.shape) * dtype.itemsize
+        for info in files.gguf.tensors.values()
+    )
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -31,7 +31,9 @@ class EngineConfig:
             alone, for benchmarks (prompts and outputs are then token ids).
         device: "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "cuda:<index>".
         dtype: Weights and activations: "auto" is the checkpoint's own where the device computes it
-            fast, else bfloat16 or float32; or "bfloat16", "float16", "float32".
+            fast, else bfloat16 or float32; or "bfloat16", "float16", "float32". With "auto" on a
+            CPU, quantised GGUF weights stay quantised: less memory, faster up to about 16 running
+            sequences; a dtype that is named expands them, which is faster beyond.
         max_model_len: Most tokens of prompt and answer together. Default: the model's own limit,
             lowered to what the KV cache holds.
         max_num_seqs: Most sequences running at once, 1 to 4096. Further ones wait. Default 256.
@@ -51,7 +53,7 @@ class EngineConfig:
             batch neighbours, so that greedy and seeded answers repeat exactly whatever else runs.
             Slower; default off. On a CPU this always holds and the option changes nothing.
         num_threads: CPU threads of the engine thread's operations. Default: the cores this
-            process may use, up to 16.
+            process may use and others leave free, up to 16, looked at several times a second.
         placement: Where the engine loop runs. "thread" (default): in a thread of this process.
             "process": in a child process behind the same `Engine`; a busy application and the
             engine then do not slow each other down, a crash of the engine cannot take the

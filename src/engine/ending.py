@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from engine.build import EngineParts, device_context, return_stream
-from engine.runner.threads import default_num_threads, set_own_num_threads
 
 
 def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
@@ -18,11 +17,11 @@ def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
         so that a forgotten engine can be collected while its thread waits.
     """
     device, stream = parts.resolved.device, parts.stream
-    num_threads = parts.resolved.requested.num_threads
+    threads = parts.runner.threads
 
     def run_inside(body: Callable[[], None]) -> None:
-        if device.type == "cpu":
-            set_own_num_threads(num_threads or default_num_threads())
+        if threads is not None:
+            threads.start()
         with device_context(device, stream), torch.inference_mode():
             body()
 

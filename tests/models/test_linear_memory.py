@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.layers import linear
+from engine.layers import linear, row_sizes
 
 
 def test_products_run_with_few_row_counts() -> None:
@@ -13,14 +13,14 @@ def test_products_run_with_few_row_counts() -> None:
         left = num_rows
         num_parts = 0
         while left > 0:
-            part = linear._rows_of_next_part(left)
+            part = row_sizes.rows_of_next_part(left)
             counts.add(part)
             left -= part
             num_parts += 1
         # Padding stays small, and the weight is not read again and again.
         assert -left <= 16  # rows that cost no more than reading the weight once more
         assert num_parts <= num_rows // 256 + 3
-    assert counts == set(linear._PACKED_ROWS)
+    assert counts == set(row_sizes.ROW_SIZES)
 
 
 def test_parts_give_the_rows_of_one_product() -> None:

@@ -113,7 +113,7 @@ def rope_write_kv(
     norm_weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """See `reference.rope_write_kv`. The caches must be contiguous."""
-    heads: torch.Tensor = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, head_dim))
+    heads = qkv.view(-1, num_q_heads + 2 * num_kv_heads, head_dim)
     q_and_k = heads[:, : num_q_heads + num_kv_heads]
     v = heads[:, num_q_heads + num_kv_heads :]
     if q_norm_weight is not None or k_norm_weight is not None:
@@ -138,7 +138,7 @@ def rope_write_kv(
 def _rotate(x: torch.Tensor, metadata: AttentionMetadata, cos_sin: torch.Tensor) -> torch.Tensor:
     """Rotate [T, heads, D]: `x cos + swap_halves(x) (-sin, sin)`, float32 inside."""
     cos, sin = metadata.once_per_step(
-        ("rope", cos_sin.data_ptr(), cos_sin.shape),
+        ("rope", id(cos_sin)),
         lambda: _cos_sin_of_step(metadata.positions, cos_sin),
     )
     rot_dim = cos.shape[-1]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from engine.kernels import dispatch, few_row_tiles
 from engine.layers.norm import RMSNorm
+from engine.layers.row_sizes import ROW_SIZES, in_parts
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """oneDNN's product with a packed weight, where torch was built with oneDNN (see `can_pack`)."""
@@ -150,54 +151,14 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-"""Row counts that oneDNN products are run with. oneDNN keeps about 1 MiB and a few milliseconds of
-generated code for every (row count, weight shape) it meets, up to 1024 of them: 1.2 GiB measured
-for prompts of all lengths (torch 2.13). With these few, it stays below 90 MiB.
-
-Fewer than 4 rows are no faster: all layers of the 135M demo model take 19.8 ms with 2 rows, 16.8
-with 4 and with 6, 20.4 with 8, 26 with 16 and 1.0 per row from there on (bfloat16, one thread of a
-Zen 4 core, torch 2.13)."""
-_MOST_PADDING = 16
-"""Padding rows that are cheaper than another pass over the weight, by the same measurement."""
-
-
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Product of x [T, K] with a weight in oneDNN's layout, new [T, N].
 
-    Runs in parts of `_PACKED_ROWS` rows, the last one padded. So never with a single row, for which
+    Runs in parts of `ROW_SIZES` rows, the last one padded. So never with a single row, for which
     oneDNN has a vector kernel that sums in another order; two rows and more all agree.
     """
-    num_rows = x.shape[0]
-    if num_rows == 1:
+    if x.shape[0] == 1:
         # The same row again: one call, where padding takes three.
-        fewest = torch.cat((x,) * _PACKED_ROWS[0])
+        fewest = torch.cat((x,) * ROW_SIZES[0])
         return cast("torch.Tensor", _product(fewest, packed, bias, "none", [], ""))[:1]
-    part = _rows_of_next_part(num_rows)
-    if part == num_rows:
-        return cast("torch.Tensor", _product(x, packed, bias, "none", [], ""))
-    if part > num_rows:
-        padded = F.pad(x, (0, 0, 0, part - num_rows))
-        return cast("torch.Tensor", _product(padded, packed, bias, "none", [], ""))[:num_rows]
-    parts = []
-    start = 0
-    while start < num_rows:
-        part = _rows_of_next_part(num_rows - start)
-        rows = x[start : start + part]
-        missing = part - rows.shape[0]
-        y = _product(
-            F.pad(rows, (0, 0, 0, missing)) if missing else rows, packed, bias, "none", [], ""
-        )
-        parts.append(y[: part - missing])
-        start += part
-    return torch.cat(parts)
-
-
-def _rows_of_next_part(num_rows: int) -> int:
-    """Rows of the next product: the next size up where little of it is padding, else one below."""
-    below = _PACKED_ROWS[0]
-    for size in _PACKED_ROWS:
-        if size >= num_rows:
-            return size if size - num_rows <= _MOST_PADDING else below
-        below = size
-    return below
+    return in_parts(x, lambda rows: _product(rows, packed, bias, "none", [], ""))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError, UnsupportedModelError, nearest_name_hint
 from engine.loader.folder import INDEX_FILE, SINGLE_FILE, read_weight_map
+from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix
 from engine.loader.gguf_names import hf_tensor_names, interleaved_view, num_interleaved_heads
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Checkpoint(abc.ABC):
             CheckpointError: There is no such tensor, it has another shape, or its file was closed.
             UnsupportedModelError: It is stored in an encoding that is not loaded.
         """
+
+    def quantised(self, name: str) -> QuantisedMatrix | None:
+        """The matrix of that name as it is stored, if that is in blocks of 32 codes; else None."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -189,15 +194,30 @@ class GGUFCheckpoint(Checkpoint):
         if self._is_closed:
             msg = f"{self._file.path} was closed; tensor {name!r} cannot be read any more."
             raise CheckpointError(msg)
-        num_heads = num_interleaved_heads(
-            gguf_name, self._architecture, self._num_q_heads, self._num_kv_heads
-        )
+        num_heads = self._num_interleaved_heads(gguf_name)
         with torch.no_grad():
             self._file.read_into(gguf_name, interleaved_view(out, num_heads) if num_heads else out)
 
+    def quantised(self, name: str) -> QuantisedMatrix | None:
+        """A Q4_0, Q4_1 or Q8_0 matrix in its blocks; None for other tensors."""
+        gguf_name = self._gguf_names.get(name)
+        if gguf_name is None or len(self._shapes[name]) != 2:
+            return None
+        type_name = self._file.tensors[gguf_name].ggml_type.name
+        if type_name not in BITS_OF_TYPE:
+            return None
+        num_heads = self._num_interleaved_heads(gguf_name)
+        return QuantisedMatrix(self._file.raw(gguf_name), type_name, num_heads)
+
     def close(self) -> None:
-        """Read nothing more. The file stays open, the tokenizer may still need it."""
+        """Read nothing more. The file stays open: tokenizer and embedding may still need it."""
         self._is_closed = True
+        self._file.forget_pages()
+
+    def _num_interleaved_heads(self, gguf_name: str) -> int:
+        return num_interleaved_heads(
+            gguf_name, self._architecture, self._num_q_heads, self._num_kv_heads
+        )
 
 
 class DummyCheckpoint(Checkpoint):

@@ -142,6 +142,14 @@ class GGUFFile:
             decoded = self._decode(info, rows).to(out.dtype)
             target.copy_(decoded.view(target.shape))
 
+    def forget_pages(self) -> None:
+        """Give back the memory of what was read, where the system allows it; it can be read again.
+
+        The pages stay in the system's file cache as long as that likes.
+        """
+        if hasattr(self._map, "madvise") and not self._map.closed:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Unmap the file, or leave that to the last view from `raw` that is still alive."""
         try:

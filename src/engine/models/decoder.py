@@ -28,8 +28,10 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear, TiedLinear, can_pack
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
+from engine.models.quantised_loading import QuantisedSource, load_quantised
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
@@ -193,6 +195,7 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         self.max_model_len = max_model_len or config.max_position_embeddings
+        self.step_rows = StepRows()
         self.embedding = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -255,8 +258,13 @@ class Decoder:
             yield from weights
 
     @torch.inference_mode()
-    def load(self, checkpoint: WeightSource) -> None:
+    def load(self, checkpoint: WeightSource, quantised: QuantisedSource | None = None) -> None:
         """Fill every weight straight into its final place; call once.
+
+        Args:
+            checkpoint: Has every weight.
+            quantised: The checkpoint again, where its quantised weights are to stay as they are
+                (see `quantised_loading`); those of other kinds and shapes are expanded as without.
 
         Rotary buffers of old checkpoints and an `lm_head.weight` beside tied embeddings are left
         unread. Checkpoints of the bare model, without the `model.` prefix, are accepted.
@@ -270,8 +278,13 @@ class Decoder:
             if "embed_tokens.weight" in names:
                 prefix = ""
             self._check_names(names, prefix)
+        loaded = (
+            set() if quantised is None else load_quantised(self, quantised, prefix, self.step_rows)
+        )
         for group, weights in self._groups():
             for name, view in weights:
+                if name.removeprefix("model.") in loaded:
+                    continue
                 checkpoint.read_into(_checkpoint_name(name, prefix), view)
             if isinstance(group, DecoderLayer | Linear):
                 group.finish_loading()
@@ -292,6 +305,7 @@ class Decoder:
             metadata: Layout of the batch; positions below `max_model_len`.
         """
         dispatch.begin_step(metadata)
+        self.step_rows.num_decodes = metadata.num_decodes
         if self._max_fused_tokens >= input_ids.shape[0]:
             return self._forward_few_rows(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
@@ -317,7 +331,8 @@ class Decoder:
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, [R, V] in the model's dtype, of R rows of `forward`'s result.
 
-        The dtype is transformers' choice, too; a sampler widens what it needs.
+        The dtype is transformers' choice, too; a sampler widens what it needs. Quantised output
+        projections give float32.
 
         Args:
             hidden: [R, H].

@@ -23,6 +23,7 @@ from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.models.decoder import Decoder
 from engine.runner.captured_steps import CapturedSteps
+from engine.runner.free_cores import ThreadChooser
 from engine.runner.pending_step import CapturedPendingStep, DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
@@ -64,6 +65,7 @@ class ModelRunner:
         self._uploader: DeviceUploader | None = None
         self._slots: StepSlots | None = None
         self._captured: CapturedSteps | None = None
+        self.threads = None if self._is_cuda else ThreadChooser(config.requested.num_threads)
         if self._is_cuda:
             num_buffers = config.max_steps_in_flight + 1
             self._uploader = DeviceUploader(config.device, 2 * num_buffers)
@@ -91,6 +93,8 @@ class ModelRunner:
         Raises:
             RuntimeError: torch's own exception; the sequences of `batch` must be ended.
         """
+        if self.threads is not None:
+            self.threads.adjust()
         self._load_new_rows(batch)
         self._ban_bad_words(batch)
         wants_prompt_logits = (
