@@ -1,14 +1,15 @@
 """Which tiles the products of few rows run with, and for how many rows they are used.
 
 Measured on an H100 (triton 3.6, November 2026) as whole decode steps of random weights in a graph,
-256 tokens of context, ms; tiles are block_m x block_n x block_k, stages, warps:
+256 tokens of context, rotation still on its own, ms; tiles are block_m x block_n x block_k, stages,
+warps:
 
-| step              | separate kernels | tiles: ms                                                  |
-|-------------------|------------------|------------------------------------------------------------|
-| llama-8b, B = 1   | 6.23             | 1x8x512 3 4: 5.67; 1x8x512 1 4: 5.99; 1x4x1024 1 4: 5.84;  |
-|                   |                  | 16x16x256 4 4: 6.40                                        |
-| llama-8b, B = 8   | 6.39             | 16x16x256 4 2: 6.26; 16x16x256 4 4: 6.46                   |
-| llama-135m, B = 1 | 0.97             | 1x8x512 3 4: 0.77                                          |
+| step              | separate kernels | tiles: ms                                                 |
+|-------------------|------------------|-----------------------------------------------------------|
+| llama-8b, B = 1   | 6.23             | 1x8x512 3 4: 5.67; 1x8x512 1 4: 5.99; 1x4x1024 1 4: 5.84; |
+|                   |                  | 16x16x256 4 4: 6.40                                       |
+| llama-8b, B = 8   | 6.39             | 16x16x256 4 2: 6.26; 16x16x256 4 4: 6.46                  |
+| llama-135m, B = 1 | 0.97             | 1x8x512 3 4: 0.77                                         |
 
 Programs that start early (use_pdl) made 5.72 of 5.67 and 7.28 of 6.46 ms: probably they
 settle where the kernel before them leaves room, and no longer evenly over the SMs.
