@@ -114,7 +114,8 @@ def decode_tiles(dtype: torch.dtype, head_dim: int) -> DecodeTiles:
 
     Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold,
     read off the compiler (triton 3.6, sm_90): 80 KiB and 155 registers at head_dim 128, 40 KiB and
-    128 registers (146 unbounded) at 64. Programs beyond those would run after all others.
+    128 registers (146 unbounded) at 64. Programs beyond those would run after all others. Not yet
+    timed in this form: docs/KERNELS.md says what to check first.
     """
     if dtype == torch.float32:
         return DecodeTiles(32, 2, 4, 2)

@@ -2,13 +2,13 @@
 
     m = max_s m_s;  out = (sum_s 2^(m_s - m) acc_s) / (sum_s 2^(m_s - m) l_s)
 
-| argument    | shape, dtype           | duty                                                       |
-|-------------|------------------------|------------------------------------------------------------|
-| places_ptr  | [B, 2] int32           | first place and number of splits, see `decode_plan`        |
-| counts_ptr  | int32                  | sequences that are planned; None: all                      |
-| partial_ptr | [places, Hq, D] fp32   | unnormalised sums of each split                            |
-| stats_ptr   | [places, 2, Hq] fp32   | maximum and sum of each split                              |
-| out_ptr     | [B, Hq * D]            | written where a sequence has several splits                |
+| argument    | shape, dtype           | duty                                                      |
+|-------------|------------------------|-----------------------------------------------------------|
+| places_ptr  | [B, 2] int32           | first place and number of splits, see `decode_plan`       |
+| counts_ptr  | int32                  | sequences that are planned; None: all                     |
+| partial_ptr | [places, Hq, D] fp32   | unnormalised sums of each split                           |
+| stats_ptr   | [places, 2, Hq] fp32   | maximum and sum of each split                             |
+| out_ptr     | [B, Hq * D]            | written where a sequence has several splits               |
 
 Grid (B, Hkv): one program joins the splits of one KV head's query heads. The split kernel may do
 the same by itself, so everything is read past the first-level cache: other processors wrote it.
@@ -113,6 +113,7 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    """Join the splits of sequence program_id(0) and KV head program_id(1)."""
     if USE_PDL:
         follow_kernel_before()
     seq = tl.program_id(0).to(tl.int64)
