@@ -528,9 +528,23 @@ def sweep(device: torch.device) -> None:
         return run
 
     cases: list[tuple[str, Any, Shape, list[tuple[int, int]], list[Any]]] = []
+    # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
     decode_grid = [
-        DecodeTiles(block_n, stages, 4, programs)
-        for block_n, stages, programs in itertools.product((32, 64, 128), (2, 3, 4), (2, 3, 4, 6))
+        DecodeTiles(
+            block_n,
+            stages,
+            4,
+            programs,
+            split=split,
+            max_registers=128,
+            merge_here=merge_here,
+            use_pdl=use_pdl,
+        )
+        for (block_n, stages, programs), split, (merge_here, use_pdl) in itertools.product(
+            ((32, 4, 4), (64, 2, 4), (64, 3, 2), (64, 3, 4), (64, 4, 3)),
+            (256, 512),
+            ((False, False), (True, False), (True, True)),
+        )
     ]
     prefill_grid = [
         PrefillTiles(*tiles)

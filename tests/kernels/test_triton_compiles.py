@@ -111,7 +111,6 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
         "ITEM": decode_plan.ITEM,
         "MERGE_HERE": True,
         "USE_PDL": True,
-        "AFTER_PREFIXES": True,
         "HAS_THREADS": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
@@ -141,7 +140,6 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
         },
         "HEADER": decode_plan.HEADER,
         "ITEM": decode_plan.ITEM,
-        "USE_PDL": True,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
