@@ -209,6 +209,22 @@ def _share_kept(figure: str, busy: float | None, quiet: float | None) -> str | N
     return f"{_percent(share)} kept (≥ {_percent(CPU_BUSY_GOAL)})"
 
 
+def host(rows: list[Row]) -> str:
+    """The caller's side at a GPU's pace."""
+    lines = [
+        [
+            row["name"],
+            row["requests"],
+            f"{row['value']:.2f}",
+            f"{row['over']:+.0%}",
+            f"{1e6 * row['caller_cpu_s'] / row['requests']:.0f}",
+        ]
+        for row in latest(rows, "host").values()
+    ]
+    header = ["case", "requests", "seconds", "over Engine.generate", "caller, µs/request"]
+    return markdown(header, lines)
+
+
 def simple(section: str) -> Callable[[list[Row]], str]:
     """Name, value and unit of every row of a section."""
 
@@ -230,6 +246,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "growth": growth,
     "memory": simple("memory"),
     "callers": simple("callers"),
+    "host": host,
     "cpu": cpu,
 }
 

@@ -112,6 +112,7 @@ def test_goals_stand_beside_what_was_reached(tmp_path):
     assert "| decode_tok_s | 60 | 30 | 2.00 | ≥ 120 |" in section_text("cpu", rows)
     kept = "| decode_tok_s, busy neighbour | 45 |  |  | 75 % kept (≥ 50 %) |"
     assert kept in section_text("cpu", rows)
+    assert "| ChatLocal.batch | 1000 | 2.20 | +5% | 100 |" in section_text("host", rows)
     assert "| ms/step at B = 32 | 1024 | 1.02 |" in section_text("growth", rows)
 
 

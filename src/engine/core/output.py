@@ -38,18 +38,19 @@ if TYPE_CHECKING:
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
 
-_STREAMS_SHARE = 0.1
+_STREAMS_SHARE = 0.05
 """Of the engine thread's time for streams. The readers, which share the interpreter with it, take
 several times as much again for what they are given: 256 of them, given each token of a step of
-3 ms, made steps of 5 to 10 ms."""
+3 ms, made steps of 5 to 10 ms. So each of them gets a delta about every 60 ms."""
 
 
 @dataclass(slots=True)
 class _Answer:
     """Text side of one sequence.
 
-    `num_seen` ids have gone through the detokenizer into `text`; of these, `num_sent_tokens` ids
-    and `num_sent_chars` characters were published. Ids past `num_seen` wait in the table.
+    `num_seen` ids have gone through the detokenizer (made for the first of them) into `text`; of
+    these, `num_sent_tokens` ids and `num_sent_chars` characters were published. Ids past `num_seen`
+    wait in the table.
     """
 
     seq: Sequence
@@ -125,14 +126,10 @@ class OutputProcessor:
         answer = _Answer(seq, detokenizer=None, matcher=None)
         if params.logprobs is not None:
             answer.logprobs = []
-        if self._tokenizer is not None:
-            answer.detokenizer = IncrementalDetokenizer(
-                self._tokenizer, skip_special_tokens=params.skip_special_tokens
+        if self._tokenizer is not None and params.stop:
+            answer.matcher = StopStringMatcher(
+                tuple(params.stop), include_stop=params.include_stop_str_in_output
             )
-            if params.stop:
-                answer.matcher = StopStringMatcher(
-                    tuple(params.stop), include_stop=params.include_stop_str_in_output
-                )
         return answer
 
     def start_stream(self, request: Request) -> None:
@@ -302,9 +299,13 @@ class OutputProcessor:
         """Run ids that are known but not seen through the detokenizer and the stop strings."""
         new = self._scheduler.output_tokens(answer.seq, answer.num_seen)
         answer.num_seen += len(new)
-        if answer.detokenizer is None or not new:
+        if self._tokenizer is None or not new:
             return
         seq = answer.seq
+        if answer.detokenizer is None:
+            answer.detokenizer = IncrementalDetokenizer(
+                self._tokenizer, skip_special_tokens=seq.request.params.skip_special_tokens
+            )
         ends_with_stop_token = (
             seq.finish_reason == "stop" and not seq.request.params.include_stop_str_in_output
         )
