@@ -235,7 +235,8 @@ def has_four_bit_product() -> bool:
 @cache
 def has_eight_bit_product() -> bool:
     """Whether oneDNN's product of bytes is exact here: without VNNI its sums saturate."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.cpu._is_vnni_supported():
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not has_vnni():
         return False
 
     def agrees() -> bool:

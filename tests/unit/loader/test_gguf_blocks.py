@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf.quants
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
+from loader_files import llama_config, random_model, write_gguf
 
+from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix, split_blocks
+from engine.loader.resolve import resolve_model
 
 
 def encoded_matrix(type_name: str) -> np.ndarray:
@@ -44,3 +49,40 @@ def test_interleaved_heads_come_in_hugging_faces_order() -> None:
         for half in range(2):
             for j in range(4):
                 assert torch.equal(turned[8 * head + 4 * half + j], plain[8 * head + 2 * j + half])
+
+
+@pytest.mark.parametrize("type_name", BITS_OF_TYPE)
+def test_a_checkpoint_gives_its_matrices_as_they_are(tmp_path: Path, type_name: str) -> None:
+    ggml_type = GGMLQuantizationType[type_name]
+    path = write_gguf(tmp_path / "tiny.gguf", random_model(llama_config()), ggml_type=ggml_type)
+    with open_checkpoint(resolve_model(str(path))) as checkpoint:
+        names = checkpoint.names()
+        assert names is not None
+        for name, shape in names.items():
+            stored = checkpoint.quantised(name)
+            if len(shape) == 1:
+                assert stored is None, name
+                continue
+            assert stored is not None, name
+            expected = torch.empty(shape)
+            checkpoint.read_into(name, expected)
+            torch.testing.assert_close(stored.read().expand(), expected, rtol=0, atol=1e-5)
+        assert checkpoint.quantised("model.no.such.weight") is None
+
+
+def test_other_encodings_are_not_given_in_blocks(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model(llama_config()))
+    with open_checkpoint(resolve_model(str(path))) as checkpoint:
+        assert checkpoint.quantised("model.layers.0.mlp.up_proj.weight") is None
+
+
+def test_forgotten_pages_are_read_again(tmp_path: Path) -> None:
+    ggml_type = GGMLQuantizationType.Q8_0
+    path = write_gguf(tmp_path / "tiny.gguf", random_model(llama_config()), ggml_type=ggml_type)
+    files = resolve_model(str(path))
+    with open_checkpoint(files) as checkpoint:
+        stored = checkpoint.quantised("model.embed_tokens.weight")
+        assert stored is not None
+        before = stored.read().expand()
+    # The checkpoint is closed, the file still open and its memory given back.
+    assert torch.equal(stored.take(torch.tensor([7])).expand(), before[7:8])
