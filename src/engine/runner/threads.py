@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,16 +27,14 @@ def set_own_num_threads(num_threads: int) -> None:
     """Let torch use `num_threads` for operations started by the calling thread.
 
     OpenMP keeps the number per calling thread, but torch also remembers the last value set
-    anywhere and gives it to threads that start later. So the old value is set again at once, in a
-    short-lived thread: what the application sees does not change.
+    anywhere and gives it to threads that start later. So what such a thread would get is asked for
+    in one and set again in another: what the application sees does not change.
     """
-    before = torch.get_num_threads()
-    if before == num_threads:
+    if torch.get_num_threads() == num_threads:
         return
+    before = in_short_lived_thread(torch.get_num_threads)
     torch.set_num_threads(num_threads)
-    restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
-    restorer.start()
-    restorer.join()
+    in_short_lived_thread(lambda: torch.set_num_threads(before))
 
 
 def in_short_lived_thread(work: Callable[[], _T]) -> _T:
