@@ -120,8 +120,9 @@ def test_inputs_equal_the_hosts(device: torch.device, case: str, seed: int) -> N
     last_ids = torch.randint(3, 900, (MAX_SEQS + 1,), dtype=torch.int64)
     slots.state.last_token_ids.copy_(last_ids)
     batch = make_batch(rng, table, num_decodes, prefills)
+    slots.note_new(batch.rows.tolist())
     is_pure_decode = not prefills and num_decodes > 0
-    assert slots.write(batch, table, *NO_SETTINGS, needs_ids=True)  # type: ignore[arg-type]
+    assert slots.write(batch, table, *NO_SETTINGS)  # type: ignore[arg-type]
     inputs = begin(slots, max_seqs, max_tokens, is_pure_decode=is_pure_decode)
 
     n, t = batch.num_seqs, batch.num_tokens
@@ -187,7 +188,7 @@ def test_prefix_groups(device: torch.device, sizes: list[int], is_mixed: bool) -
         batch.prefix_groups.append(PrefixGroup(members, 2 + index))
     # What an earlier step left in the slot and on the device must not be seen.
     slots._params[:, 20:900] = 5
-    assert slots.write(batch, table, *NO_SETTINGS, needs_ids=True)  # type: ignore[arg-type]
+    assert slots.write(batch, table, *NO_SETTINGS)  # type: ignore[arg-type]
     tokens = 40 if is_mixed else 16
     inputs = begin(slots, 16, tokens, is_pure_decode=not is_mixed)
     shared = inputs.shared_prefixes
@@ -220,7 +221,7 @@ def test_settings_and_slots_go_round(device: torch.device) -> None:
         words = np.full((len(rows), NUM_SETTING_WORDS), launch, np.int32)
         words += np.arange(NUM_SETTING_WORDS, dtype=np.int32)
         known[rows] = words
-        slots.write(batch, table, rows, words, needs_ids=False)  # type: ignore[arg-type]
+        slots.write(batch, table, rows, words)  # type: ignore[arg-type]
         inputs = begin(slots, 8, 8, is_pure_decode=True)
         before = slots.state.last_token_ids.clone()
         assert inputs.input_ids[:6].tolist() == before[batch.rows.tolist()].tolist()
@@ -254,7 +255,7 @@ def test_chunks_keep_the_last_tokens(device: torch.device) -> None:
     slots.state.last_token_ids.fill_(5)
     batch = make_batch(rng, table, 0, [10, 20])
     batch.is_sampling[:] = [False, True]
-    slots.write(batch, table, *NO_SETTINGS, needs_ids=True)  # type: ignore[arg-type]
+    slots.write(batch, table, *NO_SETTINGS)  # type: ignore[arg-type]
     inputs = begin(slots, 4, 32, is_pure_decode=False)
     finish_captured_step(slots.state, inputs, torch.full((4,), 9, dtype=torch.int64, device=device))
     last = slots.state.last_token_ids.tolist()
@@ -270,7 +271,7 @@ def test_a_grown_sequence_changes_one_entry(device: torch.device) -> None:
     batch = make_batch(rng, table, 2, [])
     row = int(batch.rows[1])
     batch.block_updates = [BlockUpdate(row, 5, table.block_table[row, 5:7].tolist())]
-    slots.write(batch, table, *NO_SETTINGS, needs_ids=False)  # type: ignore[arg-type]
+    slots.write(batch, table, *NO_SETTINGS)  # type: ignore[arg-type]
     begin(slots, 2, 2, is_pure_decode=True)
     expected = np.zeros((MAX_SEQS + 1, MAX_BLOCKS), np.int32)
     expected[row, 5:7] = table.block_table[row, 5:7]
@@ -283,7 +284,7 @@ def test_more_changes_than_a_slot_holds_are_refused(device: torch.device) -> Non
     slots = make_slots(device)
     batch = make_batch(rng, table, 2, [])
     batch.block_updates *= 1000
-    assert not slots.write(batch, table, *NO_SETTINGS, needs_ids=False)  # type: ignore[arg-type]
+    assert not slots.write(batch, table, *NO_SETTINGS)  # type: ignore[arg-type]
     inputs = begin(slots, 2, 2, is_pure_decode=True)
     assert inputs.block_rows.tolist() == batch.rows.tolist()
     assert not slots.state.block_table.any(), "the caller brings the changes, all of them"

@@ -14,8 +14,8 @@ new sampler variant captures a handful of kernels and not the model again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,9 +27,19 @@ from engine.kernels.captured_step import begin_captured_step, finish_captured_st
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder, KVCache
 from engine.runner.buckets import Ladder
-from engine.runner.graph_launcher import CapturedGraph, GraphLauncher
+from engine.runner.graph_launcher import CapturedGraph
 from engine.runner.sampler import Sampler, SamplerVariant
 from engine.runner.step_slots import StepSlots, StepTicket
+
+
+class Launcher(Protocol):
+    """What is needed of a `GraphLauncher`; tests bring one that needs no GPU."""
+
+    def capture(self, work: Callable[[], Any]) -> CapturedGraph:
+        """Record what `work` launches."""
+
+    def launch(self, graph: CapturedGraph) -> None:
+        """Queue a graph behind what was launched before."""
 
 
 class _Size(NamedTuple):
@@ -50,6 +60,7 @@ class CapturedSteps:
         kv_caches: Of each layer.
         config: Sizes and device.
         slots: Parameters, results and the device's tables.
+        launcher: Captures and launches.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class CapturedSteps:
         kv_caches: Sequence[KVCache],
         config: ResolvedConfig,
         slots: StepSlots,
+        launcher: Launcher,
     ) -> None:
         self._model = model
         self._sampler = sampler
@@ -66,8 +78,7 @@ class CapturedSteps:
         self._block_size = config.block_size
         self._max_model_len = config.max_model_len
         self._slots = slots
-        self.stream = torch.cuda.current_stream(config.device)
-        self._launcher = GraphLauncher(self.stream)
+        self._launcher = launcher
         max_num_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
         self._ladder = Ladder(config.max_num_seqs, max_num_tokens)
         self._inputs = CapturedInputs.empty(
@@ -81,12 +92,7 @@ class CapturedSteps:
         self._samplings: dict[tuple[int, SamplerVariant], CapturedGraph] = {}
 
     def launch(
-        self,
-        batch: ScheduledBatch,
-        table: SequenceTable,
-        variant: SamplerVariant,
-        *,
-        needs_ids: bool,
+        self, batch: ScheduledBatch, table: SequenceTable, variant: SamplerVariant
     ) -> StepTicket:
         """Queue one step.
 
@@ -94,7 +100,6 @@ class CapturedSteps:
             batch: Any step without prompt log probabilities.
             table: For token ids and new blocks.
             variant: What the sampling sequences need, or more.
-            needs_ids: Whether some inputs are not the rows' last sampled tokens.
         """
         is_pure_decode = batch.num_tokens == batch.num_seqs
         if is_pure_decode:
@@ -105,7 +110,7 @@ class CapturedSteps:
         forward = self._forward_graph(size)
         sampling = self._sampling_graph(num_seqs, variant)
         rows, words = self._sampler.take_changed_settings()
-        if not self._slots.write(batch, table, rows, words, needs_ids=needs_ids):
+        if not self._slots.write(batch, table, rows, words):
             self._upload_block_tables(batch, table)
         self._launcher.launch(forward)
         self._launcher.launch(sampling)

@@ -26,7 +26,7 @@ class GraphLauncher:
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+        self.stream = stream
         self._pool = torch.cuda.graph_pool_handle()
         driver = ctypes.PyDLL("libcuda.so.1")
         self._launch = driver.cuGraphLaunch

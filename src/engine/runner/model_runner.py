@@ -24,6 +24,7 @@ from engine.core.state import SequenceTable
 from engine.models.decoder import Decoder
 from engine.runner.captured_steps import CapturedSteps
 from engine.runner.free_cores import ThreadChooser
+from engine.runner.graph_launcher import GraphLauncher
 from engine.runner.pending_step import CapturedPendingStep, DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
@@ -59,9 +60,6 @@ class ModelRunner:
         self._is_cuda = config.device.type == "cuda"
         self.kv_caches = allocate_kv_caches(model, config)
         self.sampler = Sampler(model.config.vocab_size, config.max_num_seqs, config.device)
-        # State indices whose newest token is not in the device's `last_token_ids`: new ones, and
-        # prompts that are not finished.
-        self._rows_without_device_token: set[int] = set()
         self._uploader: DeviceUploader | None = None
         self._slots: StepSlots | None = None
         self._captured: CapturedSteps | None = None
@@ -78,8 +76,9 @@ class ModelRunner:
                 config.device,
             )
             if not config.requested.enforce_eager:
+                self._launcher = GraphLauncher(torch.cuda.current_stream(config.device))
                 self._captured = CapturedSteps(
-                    model, self.sampler, self.kv_caches, config, self._slots
+                    model, self.sampler, self.kv_caches, config, self._slots, self._launcher
                 )
             self._host_rings = [
                 torch.empty(config.max_num_seqs, dtype=torch.int64, pin_memory=True)
@@ -131,7 +130,8 @@ class ModelRunner:
     # ---------------------------------------------------------------- settings of sequences
 
     def _load_new_rows(self, batch: ScheduledBatch) -> None:
-        self._rows_without_device_token.update(batch.new_rows)
+        if self._slots is not None:
+            self._slots.note_new(batch.new_rows)
         for row in batch.new_rows:
             seq = self._table.sequences[row]
             if seq is None:
@@ -176,7 +176,7 @@ class ModelRunner:
         if self._slots is not None:
             # -1 (nothing could be sampled) must stay a valid input of a step launched ahead.
             self._slots.state.last_token_ids[inputs.sampling_rows] = token_ids.clamp(min=0)
-            self._rows_without_device_token.difference_update(host.sampling_rows.tolist())
+            self._slots.note_sampled(host.sampling_rows.tolist())
         logprobs = self._sampled_logprobs(host.sampling_rows, logits, token_ids)
         return self._pending(token_ids, batch, logprobs, prompt_logprobs)
 
@@ -190,19 +190,12 @@ class ModelRunner:
     def _run_captured(self, batch: ScheduledBatch, captured: CapturedSteps) -> CapturedPendingStep:
         # The steady state makes no call that gives up the GIL: no torch, no reduction over rows.
         self.sampler.flush_lists()
-        is_pure_decode = batch.num_tokens == batch.num_seqs
-        needs_ids = not is_pure_decode or bool(self._rows_without_device_token)
-        ticket = captured.launch(
-            batch, self._table, self.sampler.live_variant(), needs_ids=needs_ids
-        )
-        if self._rows_without_device_token:
-            sampling_rows = batch.rows[batch.is_sampling].tolist()
-            self._rows_without_device_token.difference_update(sampling_rows)
+        ticket = captured.launch(batch, self._table, self.sampler.live_variant())
         logprobs = {}
         if self._table.num_wanting_logprobs:
             token_ids, logits = captured.results(batch.num_seqs)
             logprobs = self._sampled_logprobs(batch.rows, logits, token_ids, batch.is_sampling)
-        return CapturedPendingStep(ticket, batch.is_sampling, captured.stream, logprobs)
+        return CapturedPendingStep(ticket, batch.is_sampling, self._launcher.stream, logprobs)
 
     # ---------------------------------------------------------------- results
 

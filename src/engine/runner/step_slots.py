@@ -65,6 +65,9 @@ class StepSlots:
         self._max_blocks = max_blocks
         self._block_size = block_size
         self._launch_count = 0
+        # State indices whose newest token is not in `last_token_ids`: new owners, and prompts that
+        # are not finished.
+        self._rows_without_token: set[int] = set()
         self._iota = np.arange(max_blocks, dtype=np.int32)
 
     def write_empty(self) -> None:
@@ -77,17 +80,14 @@ class StepSlots:
         table: SequenceTable,
         settings_rows: Int32Array,
         settings_words: Int32Array,
-        *,
-        needs_ids: bool,
     ) -> bool:
-        """Parameters of the launch that comes next.
+        """Parameters of the launch that comes next, which has to follow.
 
         Args:
             batch: The step.
             table: For its token ids and new block ids.
             settings_rows: [R] state indices whose sampler settings changed.
             settings_words: [R, words] their settings.
-            needs_ids: Whether some input tokens are not the rows' last sampled ones.
 
         Returns:
             False where the block table changed in more places than a slot holds: the caller must
@@ -102,6 +102,8 @@ class StepSlots:
         slot[at + 2 * size : at + 2 * size + num_seqs] = batch.num_computed_tokens
         slot[at + 3 * size : at + 3 * size + num_seqs] = batch.is_sampling
         num_decodes = batch.num_decodes
+        # In the steady state every input is what its row sampled last, and is on the device.
+        needs_ids = num_decodes < num_seqs or bool(self._rows_without_token)
         if batch.prefix_groups:
             self._write_groups(slot, batch)
         if needs_ids:
@@ -119,7 +121,17 @@ class StepSlots:
         slot[4] = num_settings
         slot[5] = batch.num_tokens if needs_ids else 0
         slot[6] = len(batch.prefix_groups)
+        if self._rows_without_token:
+            self.note_sampled(batch.rows[batch.is_sampling].tolist())
         return num_updates >= 0
+
+    def note_new(self, rows: list[int]) -> None:
+        """`rows` have new owners: what they sampled last is somebody else's."""
+        self._rows_without_token.update(rows)
+
+    def note_sampled(self, rows: list[int]) -> None:
+        """A launched step brings the newest tokens of `rows` into `last_token_ids`."""
+        self._rows_without_token.difference_update(rows)
 
     def count_launch(self) -> StepTicket:
         """Note that the step has been launched; its results come under the ticket."""
