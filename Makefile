@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Quiet OpenMP threads do not spin: tests share the cores with whatever else runs here.
 TEST_ENV := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo fmt lint type test test-slow test-gpu soak bench bench-gpu docs check clean
+.PHONY: help setup demo fmt lint type test test-slow test-gpu soak bench bench-docs docs check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,12 +47,12 @@ soak: setup ## Ten minutes of random load on the demo model
 test-gpu: setup ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench: setup ## Benchmarks: engine against transformers on this machine; rows go to bench-results/
-	$(BIN)/python benchmarks/run.py
+bench: setup ## All measurements this machine can make (ARGS="--only table --resume"); rows go to bench-results/
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-gpu: setup ## GPU workloads and kernels against their ceilings
-	$(BIN)/python benchmarks/workloads_gpu.py
-	$(BIN)/python benchmarks/bench_kernels.py
+bench-docs: setup ## Put the rows of the last run into docs/PERFORMANCE.md and docs/plots/
+	$(BIN)/python benchmarks/report.py --publish bench-results/rows.jsonl
+	$(BIN)/python benchmarks/plot.py
 
 docs: setup ## Check that the documents name things that exist
 	$(BIN)/python -m pytest tests/meta

@@ -528,9 +528,23 @@ def sweep(device: torch.device) -> None:
         return run
 
     cases: list[tuple[str, Any, Shape, list[tuple[int, int]], list[Any]]] = []
+    # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
     decode_grid = [
-        DecodeTiles(block_n, stages, 4, programs)
-        for block_n, stages, programs in itertools.product((32, 64, 128), (2, 3, 4), (2, 3, 4, 6))
+        DecodeTiles(
+            block_n,
+            stages,
+            4,
+            programs,
+            split=split,
+            max_registers=128,
+            merge_here=merge_here,
+            use_pdl=use_pdl,
+        )
+        for (block_n, stages, programs), split, (merge_here, use_pdl) in itertools.product(
+            ((32, 4, 4), (64, 2, 4), (64, 3, 2), (64, 3, 4), (64, 4, 3)),
+            (256, 512),
+            ((False, False), (True, False), (True, True)),
+        )
     ]
     prefill_grid = [
         PrefillTiles(*tiles)
@@ -577,15 +591,51 @@ def sweep(device: torch.device) -> None:
             print(f"  {us:9.1f} us  {tiles}", flush=True)
 
 
+def sweep_few_rows(device: torch.device) -> None:
+    """Tiles of the products of few rows, fastest first."""
+    from engine.kernels import few_row_linear, few_row_qkv
+    from engine.kernels.few_row_tiles import FewRowTiles
+
+    vector = [(8, 512, 3, 4), (16, 256, 3, 4), (4, 1024, 3, 4), (4, 1024, 1, 4), (8, 1024, 3, 4)]
+    matrix = [(16, 256, 4, 2), (16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 4)]
+    for shape, num_rows in itertools.product(SHAPES, (1, 8, 16, 32, 64)):
+        block_m = 1 if num_rows == 1 else max(16, num_rows)
+        grid = [FewRowTiles(block_m, *tiles) for tiles in (vector if block_m == 1 else matrix)]
+        # One wave of programs with equal shares: 47 rows of qkv, 55 of gate and of up.
+        grid += [FewRowTiles(block_m, 64, 64, 5, cols=cols) for cols in (47, 55) if block_m > 1]
+        grid += [dataclasses.replace(tiles, use_pdl=True) for tiles in grid[:2]]
+        for row in few_row_rows(shape, num_rows, device, torch.bfloat16):
+            if row.op == "embed_rows":
+                continue
+            found = []
+            for tiles in grid:
+                for module in (few_row_linear, few_row_qkv):
+                    module.tiles_for = lambda *_, tiles=tiles: tiles  # type: ignore[assignment]
+                try:
+                    found.append((time_us(row.run, device), tiles))
+                except Exception as error:
+                    # A tile that needs more shared memory than there is belongs in no list.
+                    print(f"  {tiles}: {type(error).__name__}")
+            assert row.baseline is not None, "every product has one"
+            found.sort(key=lambda pair: pair[0])
+            print(f"{row.op} {row.case}: torch {time_us(row.baseline, device):.2f} us")
+            for us, tiles in found[:4]:
+                print(f"  {us:9.2f} us {row.num_bytes / us / 1e3:6.0f} GB/s  {tiles}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="try other attention tiles (GPU)")
+    parser.add_argument("--sweep-few-rows", action="store_true", help="try tiles of products (GPU)")
     parser.add_argument("--only", default="", help="ops or cases whose name contains this")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.sweep:
         sweep(device)
+        return
+    if options.sweep_few_rows:
+        sweep_few_rows(device)
         return
     rows = gpu_rows(device) if device.type == "cuda" else cpu_rows(device)
     report([row for row in rows if options.only in f"{row.op} {row.case}"], device)

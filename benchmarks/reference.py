@@ -60,5 +60,18 @@ FRAMEWORK_GOALS: dict[str, float] = {
 }
 """Case -> share by which it may be slower than `Engine.generate` on the same texts."""
 
+CPU_GOALS: dict[str, tuple[str, float]] = {
+    "decode_tok_s": ("≥", 120.0),
+    "ttft_1024_s": ("≤", 1.1),
+    "w16_tok_s": ("≥", 170.0),
+    "w64_tok_s": ("≥", 180.0),
+    "load_s": ("≤", 1.5),
+    "peak_rss_mib": ("≤", 600.0),
+}
+"""Figure on 2 cores of a Zen 4 EPYC with the demo model -> which side of what it should be on."""
+
+CPU_BUSY_GOAL = 0.5
+"""Share of its quiet speed that a CPU engine keeps beside one busy process."""
+
 HOST_MS_PER_STEP_GOAL = 1.0
 """Of the engine thread at 256 running sequences."""

@@ -20,6 +20,8 @@ from typing import Any
 from environment import RESULTS, ROOT
 from reference import (
     BUSY_LOSS_GOALS,
+    CPU_BUSY_GOAL,
+    CPU_GOALS,
     FRAMEWORK_GOALS,
     HOST_MS_PER_STEP_GOAL,
     SPINNER_KEEPS_GOAL,
@@ -178,13 +180,49 @@ def cpu(rows: list[Row]) -> str:
         ours, theirs = values.get("ours"), values.get("transformers")
         ratio = f"{ours / theirs:.2f}" if ours and theirs else None
         shown = [f"{values[peer]:.4g}" if peer in values else None for peer in peers]
-        lines.append([figure, "yes" if is_busy else None, *shown, ratio])
+        quiet = by_line.get((False, figure), {}).get("ours")
+        lines.append([figure, *shown, ratio, _cpu_goal(figure, ours)])
+        if is_busy:
+            lines[-1][0] = f"{figure}, busy neighbour"
+            lines[-1][-1] = _share_kept(figure, ours, quiet)
     imports = [row for row in latest(rows, "cpu").values() if "module" in row]
-    text = markdown(["figure", "busy neighbour", *peers, "ours / transformers"], lines)
+    text = markdown(["figure", *peers, "ours / transformers", "goal"], lines)
     if imports:
         taken = ", ".join(f"`{row['module']}` {row['value']:.3f} s" for row in imports)
         text += f"\nImport: {taken}.\n"
     return text
+
+
+def _cpu_goal(figure: str, ours: float | None) -> str | None:
+    if figure not in CPU_GOALS:
+        return None
+    side, goal = CPU_GOALS[figure]
+    is_met = ours is not None and (ours >= goal if side == "≥" else ours <= goal)
+    return f"{side} {goal:g}" + (" ✓" if is_met else "")
+
+
+def _share_kept(figure: str, busy: float | None, quiet: float | None) -> str | None:
+    """The share of the quiet speed kept; times are the inverse of speeds."""
+    if not busy or not quiet:
+        return None
+    share = busy / quiet if figure.endswith("tok_s") else quiet / busy
+    return f"{_percent(share)} kept (≥ {_percent(CPU_BUSY_GOAL)})"
+
+
+def host(rows: list[Row]) -> str:
+    """The caller's side at a GPU's pace."""
+    lines = [
+        [
+            row["name"],
+            row["requests"],
+            f"{row['value']:.2f}",
+            f"{row['over']:+.0%}",
+            f"{1e6 * row['caller_cpu_s'] / row['requests']:.0f}",
+        ]
+        for row in latest(rows, "host").values()
+    ]
+    header = ["case", "requests", "seconds", "over Engine.generate", "caller, µs/request"]
+    return markdown(header, lines)
 
 
 def simple(section: str) -> Callable[[list[Row]], str]:
@@ -208,6 +246,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "growth": growth,
     "memory": simple("memory"),
     "callers": simple("callers"),
+    "host": host,
     "cpu": cpu,
 }
 

@@ -42,6 +42,7 @@ class RowFile:
         self.path = path
         self._environment = environment
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
         known = load_rows(path) if resume else []
         self._measured = {
             (row["section"], row["name"])
@@ -111,6 +112,16 @@ def load_rows(path: Path) -> list[Row]:
             raise ValueError(msg) from error
         rows.append(row)
     return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove what a killed run left of its last row, so that the next one starts a line."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
 
 
 def latest(rows: list[Row], section: str) -> dict[str, Row]:

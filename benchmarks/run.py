@@ -8,7 +8,7 @@
 Sections on a GPU: table (the five workloads and the start), busy (beside spinning Python threads),
 latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
 sequences, context), memory, kernels. On a CPU: cpu (side by side with transformers), callers (what
-the caller's side costs per request).
+the caller's side costs per request), host (the same at a GPU's pace, on a device that only waits).
 
 Every figure is a row, appended to `bench-results/rows.jsonl` the moment it is known. Each job is a
 process of its own with a time budget; a job over its budget is killed, its rows stay. At the end
@@ -45,7 +45,7 @@ GPU_SECTIONS = {
     "memory": 90.0,
     "kernels": 240.0,
 }
-CPU_SECTIONS = {"cpu": 900.0, "callers": 120.0}
+CPU_SECTIONS = {"cpu": 900.0, "callers": 120.0, "host": 300.0}
 SECTIONS = {**GPU_SECTIONS, **CPU_SECTIONS}
 
 
@@ -165,6 +165,8 @@ def main() -> None:
         plan = Plan.from_json(plan_text)
         section_module(section).measure(plan, plan.open_rows(), **json.loads(arguments))
         return
+    # Children are in sessions of their own: stopped like this, they must not stay on the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped. --resume goes on from here."))
     plan = make_plan(options)
     usual = GPU_SECTIONS if plan.device == "cuda" else CPU_SECTIONS
     names = _chosen(options.only, list(usual), SECTIONS, "section")

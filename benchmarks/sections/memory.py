@@ -34,7 +34,10 @@ def measure(plan: Plan, rows: RowFile, *, shape: str) -> None:
     """Three figures: the share filled, allocations in 200 decode steps, GiB left after `close`."""
     import torch
 
-    torch.zeros(1, device="cuda")  # the context and its libraries are not the engine's
+    # The context, the libraries and the kernels stay as long as the process.
+    with plan.make_engine(shape, kv_cache_memory_bytes=1 << 30, max_model_len=4096) as engine:
+        first_token(engine)
+    torch.cuda.empty_cache()
     torch.cuda.synchronize()
     free_before, total = torch.cuda.mem_get_info()
     requests = random_requests(32, 128, NUM_STEPS + 40, SHAPES[shape]["vocab_size"])

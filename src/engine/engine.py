@@ -309,11 +309,9 @@ class Engine:
         return self._hand_over(requests)
 
     def _hand_over(self, requests: list[Request]) -> list[RequestHandle]:
-        handles = [
-            # A handle keeps its engine alive: `Engine(…).submit(…).result()` works.
-            RequestHandle(request, self._abort, self._start_stream)
-            for request in requests
-        ]
+        # A handle keeps its engine alive: `Engine(…).submit(…).result()` works.
+        on_abort, on_stream = self._abort, self._start_stream
+        handles = [RequestHandle(request, on_abort, on_stream) for request in requests]
         if requests:
             self._host.post_submit(list(zip(requests, handles, strict=True)))
         return handles

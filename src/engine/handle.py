@@ -63,10 +63,12 @@ class RequestHandle:
         "_error",
         "_futures",
         "_is_streamed",
+        "_lock",
         "_num_readers",
         "_on_abort",
         "_on_stream",
         "_output",
+        "_request",
         "request_id",
     )
 
@@ -77,9 +79,14 @@ class RequestHandle:
         on_stream: Callable[[Request], None],
     ) -> None:
         self.request_id = request.request_id
-        self._on_abort: Callable[[], None] = partial(on_abort, request)
-        self._on_stream: Callable[[], None] = partial(on_stream, request)
-        self._condition = threading.Condition()
+        self._request = request
+        self._on_abort = on_abort
+        self._on_stream = on_stream
+        # Reentrant: a stream that the garbage collector finds here ends with this lock.
+        self._lock = threading.RLock()
+        # Made when a thread has to wait. It is ten objects, which most handles of a long list
+        # never need, and a thousand of which bring on a full garbage collection.
+        self._condition: threading.Condition | None = None
         self._deltas: list[Delta] = []
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
@@ -112,10 +119,10 @@ class RequestHandle:
             RequestTimeoutError: `timeout` passed; the request is aborted.
             EngineError: What ended the request instead of an output.
         """
-        with self._condition:
+        with self._lock:
             self._num_readers += 1
             try:
-                in_time = self._condition.wait_for(lambda: self.is_done, timeout)
+                in_time = self._wait_for(lambda: self.is_done, timeout)
             finally:
                 self._num_readers -= 1
         if not in_time:
@@ -133,14 +140,22 @@ class RequestHandle:
         Returns:
             True once it has ended.
         """
-        with self._condition:
-            return self._condition.wait_for(lambda: self.is_done, timeout)
+        with self._lock:
+            return self._wait_for(lambda: self.is_done, timeout)
+
+    def _wait_for(self, is_ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Block until `is_ready`. Called with the lock held, which is free while this waits."""
+        if is_ready():
+            return True
+        if self._condition is None:
+            self._condition = threading.Condition(self._lock)
+        return self._condition.wait_for(is_ready, timeout)
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         return self._wait_async().__await__()
 
     async def _wait_async(self) -> RequestOutput:
-        with self._condition:
+        with self._lock:
             self._num_readers += 1
         try:
             while not self.is_done:
@@ -162,8 +177,8 @@ class RequestHandle:
         cursor = 0
         try:
             while True:
-                with self._condition:
-                    self._condition.wait_for(partial(self._has_more, cursor))
+                with self._lock:
+                    self._wait_for(partial(self._has_more, cursor))
                 new, cursor = self._deltas_since(cursor)
                 yield from new
                 if not new and self.is_done:
@@ -190,7 +205,7 @@ class RequestHandle:
             self._release_reader()
 
     def _start_stream(self) -> None:
-        with self._condition:
+        with self._lock:
             self._num_readers += 1
             is_first = not self._is_streamed
             self._is_streamed = True
@@ -198,14 +213,14 @@ class RequestHandle:
                 self._deltas.extend(_deltas_of(self._output))
                 return
         if is_first and not self.is_done:
-            self._on_stream()
+            self._on_stream(self._request)
 
     def _has_more(self, cursor: int) -> bool:
         return self.is_done or len(self._deltas) > cursor
 
     def _deltas_since(self, cursor: int) -> tuple[list[Delta], int]:
         """New deltas, those of one answer merged into one, and the new cursor."""
-        with self._condition:
+        with self._lock:
             new = self._deltas[cursor:]
             return merge_deltas(new), cursor + len(new)
 
@@ -221,10 +236,10 @@ class RequestHandle:
         Readers get what was generated so far, with `finish_reason` "abort".
         """
         if not self.is_done:
-            self._on_abort()
+            self._on_abort(self._request)
 
     def _release_reader(self) -> None:
-        with self._condition:
+        with self._lock:
             self._num_readers -= 1
             is_abandoned = self._num_readers == 0 and not self.is_done
         if is_abandoned:
@@ -248,7 +263,7 @@ class RequestHandle:
         Returns:
             Futures to complete, each in its own event loop (see `wake_loops`).
         """
-        with self._condition:
+        with self._lock:
             if self.is_done:
                 return []
             if deltas and self._is_streamed:
@@ -257,7 +272,8 @@ class RequestHandle:
                 self._deltas.extend(_deltas_of(output))
             self._output = output
             self._error = error
-            self._condition.notify_all()
+            if self._condition is not None:
+                self._condition.notify_all()
             futures, self._futures = self._futures, []
         return futures
 
@@ -265,7 +281,7 @@ class RequestHandle:
         """Wait until the engine publishes something, unless `is_ready` says it has already."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        with self._condition:
+        with self._lock:
             if is_ready():
                 return
             self._futures.append((loop, future))

@@ -21,6 +21,8 @@ from engine.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 
+_NO_IDS: frozenset[int] = frozenset()
+
 _request_numbers = itertools.count()
 
 
@@ -44,7 +46,7 @@ class RequestFactory:
         self._limits = limits
         self._tokenizer = text.tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = text.eos_token_ids
+        self._eos_token_ids = frozenset(text.eos_token_ids)
         self._base_seed = base_seed
         self._seed_numbers = itertools.count()
 
@@ -86,13 +88,12 @@ class RequestFactory:
             token_ids = self._token_ids(prompt, parse_special)
         self._check_params(params)
         max_total_tokens = self._limits.check_fits(len(token_ids), params.max_tokens)
-        eos_token_ids = () if params.ignore_eos else self._eos_token_ids
         request = Request(
             request_id=request_id or f"request-{next(_request_numbers)}",
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=token_ids,
             params=params,
-            stop_token_ids=frozenset(eos_token_ids) | frozenset(params.stop_token_ids or ()),
+            stop_token_ids=self._stop_token_ids(params),
             max_total_tokens=max_total_tokens,
             seed=self._seed(params),
             priority=priority,
@@ -161,6 +162,12 @@ class RequestFactory:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos_token_ids = _NO_IDS if params.ignore_eos else self._eos_token_ids
+        if not params.stop_token_ids:
+            return eos_token_ids
+        return eos_token_ids.union(params.stop_token_ids)
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:

@@ -57,6 +57,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "chunks of 7": {"max_num_batched_tokens": 7},
     "tiny cache": {"num_kv_blocks": 12, "block_size": 32, "max_model_len": 350},
     "blocks of 16": {"block_size": 16},
+    "in a process": {"placement": "process"},
 }
 
 

@@ -320,3 +320,43 @@ def test_shared_prefixes_of_a_captured_step(device: torch.device) -> None:
     got = decode(case, device, metadata=captured(case, 8))
     assert torch.equal(got[:8], want[:8])
     assert (got[8:] == 7.0).all()
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter runs one program after the other")
+@pytest.mark.parametrize("merge_here", [False, True])
+def test_programs_that_start_early_change_no_bit(device: torch.device, merge_here: bool) -> None:
+    case = make_case([*LENGTHS, *[(40 * n, 1) for n in range(60)]], block_size=64)
+    want = decode(case, device, tiles=tiles_for(torch.float32, 64, merge_here=merge_here))
+    tiles = tiles_for(torch.float32, 64, merge_here=merge_here, use_pdl=True)
+    for _ in range(20):
+        assert torch.equal(decode(case, device, tiles=tiles), want)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="captures a CUDA graph")
+def test_a_captured_step_follows_the_groups_on_the_device(device: torch.device) -> None:
+    case = make_case(GROUP_LENGTHS, block_size=BLOCK_SIZE)
+    grouped = share(case, [(10, [4, 1, 6]), (2, [2, 0])], 16, BLOCK_SIZE).on(device)
+    metadata = grouped.metadata
+    shared = metadata.shared_prefixes
+    assert shared is not None
+
+    def step() -> torch.Tensor:
+        dispatch.begin_step(metadata)
+        return dispatch.paged_attention(*grouped.arguments(), softmax_scale=case.softmax_scale)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert torch.equal(got, eager)
+    for tensor in (shared.member_start, shared.group_lens, shared.prefix_lens):
+        tensor.zero_()
+    graph.replay()
+    assert torch.equal(got, step())
+    metadata.shared_prefixes = None
+    assert torch.equal(got, step()), "no groups at all: the same bits as without bounds for them"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -110,7 +111,6 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
         "ITEM": decode_plan.ITEM,
         "MERGE_HERE": True,
         "USE_PDL": True,
-        "AFTER_PREFIXES": True,
         "HAS_THREADS": True,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
@@ -140,7 +140,6 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
         },
         "HEADER": decode_plan.HEADER,
         "ITEM": decode_plan.ITEM,
-        "USE_PDL": True,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
@@ -259,3 +258,17 @@ def test_few_rows_keep_their_stages_in_flight(kind: str, num_rows: int) -> None:
         buffers = tile_buffers(gpu_ir, tiles.block_n, tiles.block_k)
         assert len(buffers) >= (2 if kind == "gated" else 1)
         assert min(buffers) >= tiles.num_stages - 1
+
+
+def test_another_gluon_leaves_the_portable_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prefill_attention.hopper_kernel() is prefill_hopper
+    prefill_attention.hopper_kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "engine.kernels.prefill_hopper", None)
+    try:
+        assert prefill_attention.hopper_kernel() is None
+        assert prefill_attention.hopper_kernel() is None
+    finally:
+        prefill_attention.hopper_kernel.cache_clear()
+    assert [record.message.count("Hopper prefill kernel") for record in caplog.records] == [1]

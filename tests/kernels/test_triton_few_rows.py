@@ -59,9 +59,10 @@ def test_few_row_linear(device: torch.device, dtype: torch.dtype, m: int, k: int
     bias = torch.randn(n, device=device).to(dtype)
     got = linear(x, weight, bias)
     close(got, reference.few_row_linear(x.double(), weight.double(), bias.double()), k)
+    assert torch.equal(linear(x, weight, bias), got)
     wide = torch.full((m, n + 8), 7.0, dtype=dtype, device=device)
     assert linear(x, weight, bias, wide[:, :n]).data_ptr() == wide.data_ptr()
-    assert torch.equal(wide[:, :n], got)
+    close(wide[:, :n], got.double(), k)
     assert (wide[:, n:] == 7.0).all()
     assert not torch.equal(linear(x, weight), got)
 
@@ -101,18 +102,22 @@ def test_normed_linear(
             activation=activation,
         )
 
-    want = reference.normed_linear(
-        hidden.double(),
-        hidden.double().pow(2).sum(-1, keepdim=True),
-        norm_weight.double(),
-        weight.double(),
-        bias.double(),
+    wide = [t.double() for t in (hidden, norm_weight, weight, bias)]
+    y = reference.normed_linear(
+        wide[0],
+        wide[0].pow(2).sum(-1, keepdim=True),
+        *wide[1:],
         eps=0.1,
         weight_offset=weight_offset,
-        activation=activation,
     )
+    want = y if activation is None else reference.act_mul(y, activation)
+    scale = 2.0  # norm weights up to 2 scale the values, and so their rounding
+    if activation is not None:
+        # What rounding does to a factor is multiplied by the other factor.
+        gate, up = y.abs().chunk(2, dim=-1)
+        scale = 2.0 * (1.0 + gate) * (1.0 + up)
     got = run()
-    close(got / 2, want / 2, k)  # norm weights up to 2 scale the values, and so their rounding
+    close((got.double() / scale).to(dtype), want / scale, k)
     assert torch.equal(run(), got)
 
 
@@ -196,14 +201,45 @@ def test_add_linear(device: torch.device, dtype: torch.dtype, m: int, k: int, n:
     squares = kernels("few_row_linear").add_linear(x, weight, hidden, bias)
     want = old.double()
     reference.add_linear(x.double(), weight.double(), want, bias.double())
-    close(hidden, want, k)
+    # The product is rounded before it is added: relative to itself, not to what the sum leaves.
+    scale = 1.0 + (want - old.double()).abs()
+    close((hidden.double() / scale).to(dtype), want / scale, k)
     assert (beyond[:, n:] == 7.0).all()
     torch.testing.assert_close(
         squares.double().sum(-1), hidden.double().pow(2).sum(-1), rtol=1e-6, atol=0.0
     )
-    again = old.clone()
+    again = beyond.clone()[:, :n].copy_(old)
     assert torch.equal(kernels("few_row_linear").add_linear(x, weight, again, bias), squares)
     assert torch.equal(again, hidden)
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        {"block_m": 16, "block_n": 32, "block_k": 64, "cols": 28},
+        {"block_m": 1, "block_n": 8, "block_k": 64, "num_stages": 1},
+        *on_gpu_only(
+            {"block_m": 32, "block_n": 64, "block_k": 64, "cols": 47},
+            {"block_m": 16, "block_n": 16, "block_k": 256, "use_pdl": True},
+        ),
+    ],
+)
+def test_tiles_that_only_the_sweep_takes(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, tiles: dict[str, int]
+) -> None:
+    module = kernels("few_row_linear")
+    chosen = module.FewRowTiles(**tiles)
+    monkeypatch.setattr(module, "tiles_for", lambda *_: chosen)
+    x = torch.randn(5, 200, device=device).half()
+    weight = weight_of(100, 200, torch.float16, device)
+    hidden = torch.zeros(5, 100, device=device).half()
+    squares = module.add_linear(x, weight, hidden)
+    close(hidden, reference.few_row_linear(x.double(), weight.double()), 200)
+    torch.testing.assert_close(
+        squares.double().sum(-1), hidden.double().pow(2).sum(-1), rtol=1e-6, atol=0.0
+    )
+    got = module.few_row_linear(hidden, weight[:, :100])
+    close(got, reference.few_row_linear(hidden.double(), weight[:, :100].double()), 100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,8 +248,8 @@ def test_other_rows_never_change_a_row(device: torch.device, dtype: torch.dtype)
     x, weight = poisoned(16, k, dtype=dtype, device=device), weight_of(n, k, dtype, device)
     linear = kernels("few_row_linear").few_row_linear
     want = linear(x, weight)
-    others = torch.full_like(x, float("nan"))
-    others[5] = x[5]
+    others = poisoned(16, k, dtype=dtype, device=device)
+    others.fill_(float("nan"))[5] = x[5]
     assert_rows_alike(linear(others, weight)[5], want[5])
 
 

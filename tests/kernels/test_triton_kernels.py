@@ -258,13 +258,14 @@ def test_prefill_of_either_kernel(
         pytest.skip("no Hopper GPU")
     calls = []
     if is_hopper:
-        run = prefill.prefill_on_hopper
+        hopper = prefill.hopper_kernel()
+        run = hopper.prefill_on_hopper
         monkeypatch.setattr(
-            prefill, "prefill_on_hopper", lambda *a, **kw: (calls.append(1), run(*a, **kw))
+            hopper, "prefill_on_hopper", lambda *a, **kw: (calls.append(1), run(*a, **kw))
         )
     else:
-        monkeypatch.setattr(prefill, "can_attend", lambda *_: False)
-    seqs = [(300, 1), (0, 127), (0, 128), (0, 129), (64, 64), (1, 2), (63, 2), (500, 140)]
+        monkeypatch.setattr(prefill, "hopper_kernel", lambda: None)
+    seqs = [(0, 127), (0, 128), (0, 129), (64, 64), (1, 2), (63, 2), (500, 140)]
     case = make_case(
         seqs,
         dtype=dtype,
@@ -465,8 +466,10 @@ def test_every_key_is_planned_once(
     plan = decode_plan.plan_decode(
         metadata_on(metadata, device), num_seqs, 9, 3, window, layout, no_groups
     )
-    count = int(plan.items[0])
-    items = plan.items[decode_plan.HEADER :].view(-1, decode_plan.ITEM)[:count].tolist()
+    # Copied once: thousands of copies from a busy GPU take minutes.
+    listed, places, arrivals = (x.tolist() for x in (plan.items, plan.places, plan.arrivals))
+    first, size = decode_plan.HEADER, decode_plan.ITEM
+    items = [listed[first + size * i : first + size * (i + 1)] for i in range(listed[0])]
     want, place = [], 0
     for seq, (length, row) in enumerate(zip(seq_lens.tolist(), rows.tolist(), strict=True)):
         if seq == num_planned:
@@ -480,10 +483,10 @@ def test_every_key_is_planned_once(
             [seq, row, start, end, place, split, splits, length]
             for split, (start, end) in enumerate(itertools.pairwise(borders))
         ]
-        assert plan.places[seq].tolist() == [place, splits]
+        assert places[seq] == [place, splits]
         place += splits if splits > 1 else 0
     assert items == want
-    assert not plan.arrivals[: num_planned * 3].any()
+    assert not any(arrivals[: num_planned * 3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,16 +1,19 @@
 """From sampled ids to text, deltas and finished outputs.
 
 Runs in the engine thread, once per step. Python work is done only for sequences that finished or
-that somebody watches token by token (streams, stop strings, logprobs); for all others the ids stay
-in the sequence table until the end and are turned into text at once.
+must be looked at token by token (stop strings, logprobs), and for as many streams as a share of the
+time allows; for all others the ids stay in the sequence table until the end and are turned into
+text at once.
 
-    StepOutput ─► scheduler.complete ─► watched: detokenize ─► stop strings ─► Delta
+    StepOutput ─► scheduler.complete ─► watched: detokenize ─► stop strings
                                     └─► finished: text of all ids ─► RequestOutput ─► handle
+    streams, in turn: what is new since their last turn ─► Delta ─► handle
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,13 +38,19 @@ if TYPE_CHECKING:
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
 
+_STREAMS_SHARE = 0.05
+"""Of the engine thread's time for streams. The readers, which share the interpreter with it, take
+several times as much again for what they are given: 256 of them, given each token of a step of
+3 ms, made steps of 5 to 10 ms. So each of them gets a delta about every 60 ms."""
+
 
 @dataclass(slots=True)
 class _Answer:
     """Text side of one sequence.
 
-    `num_seen` ids have gone through the detokenizer into `text`; of these, `num_sent_tokens` ids
-    and `num_sent_chars` characters were published. Ids past `num_seen` wait in the table.
+    `num_seen` ids have gone through the detokenizer (made for the first of them) into `text`; of
+    these, `num_sent_tokens` ids and `num_sent_chars` characters were published. Ids past `num_seen`
+    wait in the table.
     """
 
     seq: Sequence
@@ -89,11 +98,14 @@ class OutputProcessor:
         self._counters = counters
         self._on_row_freed = on_row_freed
         self._open: dict[Request, _Open] = {}
+        self._streams: deque[_Open] = deque()
+        self._streams_served_s = 0.0
         self._touched: dict[Request, _Open] = {}
         self._wakeups: Wakeups = []
 
     def take_wakeups(self) -> Wakeups:
         """Publish the pending deltas; return the futures to complete (see `wake_loops`)."""
+        self._serve_streams()
         for entry in self._touched.values():
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
             entry.deltas = []
@@ -114,14 +126,10 @@ class OutputProcessor:
         answer = _Answer(seq, detokenizer=None, matcher=None)
         if params.logprobs is not None:
             answer.logprobs = []
-        if self._tokenizer is not None:
-            answer.detokenizer = IncrementalDetokenizer(
-                self._tokenizer, skip_special_tokens=params.skip_special_tokens
+        if self._tokenizer is not None and params.stop:
+            answer.matcher = StopStringMatcher(
+                tuple(params.stop), include_stop=params.include_stop_str_in_output
             )
-            if params.stop:
-                answer.matcher = StopStringMatcher(
-                    tuple(params.stop), include_stop=params.include_stop_str_in_output
-                )
         return answer
 
     def start_stream(self, request: Request) -> None:
@@ -131,13 +139,37 @@ class OutputProcessor:
             return
         entry.is_streamed = True
         for answer in entry.answers:
-            if answer.seq.status is SequenceStatus.FINISHED:
-                self._emit(entry, answer)
-                continue
-            self._scheduler.watch(answer.seq)
-            self._take_new_tokens(answer)
+            if answer.seq.status is not SequenceStatus.FINISHED:
+                self._take_new_tokens(answer)
             self._emit(entry, answer)
         self.publish_if_touched(entry)
+        self._streams.append(entry)
+
+    def _serve_streams(self) -> None:
+        """Publish what is new in streams, in turn, in at most a share of the time that passes.
+
+        A few streams get every token of every step. Where there are so many that this would hold
+        up the steps, each gets fewer and larger deltas, the one that waited longest first.
+        """
+        now_s = time.perf_counter()
+        until_s = now_s + _STREAMS_SHARE * (now_s - self._streams_served_s)
+        self._streams_served_s = now_s
+        for _ in range(len(self._streams)):
+            entry = self._streams.popleft()
+            if entry.request not in self._open:
+                continue
+            self._streams.append(entry)
+            for answer in entry.answers:
+                if answer.seq.status is not SequenceStatus.FINISHED:
+                    self._take_new_tokens(answer)
+                    self._emit(entry, answer)
+            if not entry.deltas:
+                continue
+            self._touched.pop(entry.request, None)
+            self._wakeups += entry.handle.publish(deltas=entry.deltas)
+            entry.deltas = []
+            if time.perf_counter() > until_s:
+                break
 
     def publish_if_touched(self, entry: _Open) -> None:
         """Queue the entry for `take_wakeups` when it has deltas."""
@@ -222,9 +254,6 @@ class OutputProcessor:
                 self._end_sequence(seq, "stop", answer.matcher.matched)
                 self._finish_answer(entry, answer)
                 self._finish_request(entry)
-            elif entry.is_streamed:
-                self._emit(entry, answer)
-                self.publish_if_touched(entry)
         for seq, row in completed.finished:
             self._on_row_freed(row)
             entry = self._open.get(seq.request)
@@ -234,6 +263,13 @@ class OutputProcessor:
             self._take_new_tokens(answer)
             self._finish_answer(entry, answer)
             self._finish_request(entry)
+        for seq in completed.first_tokens:
+            entry = self._open.get(seq.request)
+            # Nobody waits in turn for a first token.
+            if entry is not None and entry.is_streamed and seq.status is SequenceStatus.RUNNING:
+                self._take_new_tokens(entry.answers[seq.index])
+                self._emit(entry, entry.answers[seq.index])
+                self.publish_if_touched(entry)
         for seq in without_token:
             msg = (
                 f"The model gave request {seq.request.request_id} no finite logits "
@@ -263,9 +299,13 @@ class OutputProcessor:
         """Run ids that are known but not seen through the detokenizer and the stop strings."""
         new = self._scheduler.output_tokens(answer.seq, answer.num_seen)
         answer.num_seen += len(new)
-        if answer.detokenizer is None or not new:
+        if self._tokenizer is None or not new:
             return
         seq = answer.seq
+        if answer.detokenizer is None:
+            answer.detokenizer = IncrementalDetokenizer(
+                self._tokenizer, skip_special_tokens=seq.request.params.skip_special_tokens
+            )
         ends_with_stop_token = (
             seq.finish_reason == "stop" and not seq.request.params.include_stop_str_in_output
         )

@@ -98,7 +98,7 @@ class Sequence:
         needs_host_sync: The next step needs this sequence's last token on the host (bad words of
             several tokens), so it is never scheduled ahead of its own output. Set before `add`.
         wants_tokens: The host looks at each new token. The scheduler sets it for stop strings and
-            logprobs, `Scheduler.watch` for streams.
+            logprobs.
         num_preemptions: Times it lost its row and KV blocks and was recomputed.
         block_hashes: Hashes of its full KV blocks as far as needed; kept by the scheduler.
         finish_reason: Set when FINISHED.

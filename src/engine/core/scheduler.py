@@ -205,12 +205,6 @@ class Scheduler:
             seq.wants_tokens = True
         self._waiting.add(seq)
 
-    def watch(self, seq: Sequence) -> None:
-        """List `seq` in `CompletedStep.watched` from now on."""
-        seq.wants_tokens = True
-        if seq.row >= 0:
-            self.table.wants_tokens[seq.row] = True
-
     def finish(
         self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:

@@ -6,7 +6,7 @@ FlashDecoding (Dao et al., 2023) with a work list:
 
     decode_plan    grid (1,)         seq_lens -> items (sequence, keys); once per step
     _split_kernel  grid (programs,)  works through the list: one item of one KV head at a time
-    _merge_kernel  grid (B, Hkv)     joins the splits of sequences that have several
+    decode_merge   grid (B, Hkv)     joins the splits of sequences that have several
 
 | argument        | shape, dtype                          | duty                                   |
 |-----------------|---------------------------------------|----------------------------------------|
@@ -26,18 +26,17 @@ longest sequence a graph may meet. Neighbouring programs take the KV heads of on
 are adjacent in memory.
 
 A program runs through the tiles of all its items in one loop: the keys of the next item are on
-their way while the sums of this one are stored or merged. A loop per item cost 5 us for each of
-them (H100), in which nothing was in flight. What the loads ahead follow from is chosen by selection
-instead of branches, an item and a block id early; a branch would end the pipeline there.
+their way while the sums of this one are stored or merged. (A loop per item cost some 5 us for each
+of them on an H100, in which nothing was in flight.) What the loads ahead follow from is chosen by
+selection instead of branches, an item and a block id early; a branch would end the pipeline there.
 
 With `merge_here` the program that finishes a sequence's last split joins them all: it alone sees
 the count reach the number of splits, after a barrier of its threads and an acquire; the sums are
 read past the first-level cache. It sets the count back to zero for the next layer. Whichever
 program it is, it adds in the order of the splits: the same bits every time. Otherwise
-`_merge_kernel` does.
+`merge_kernel` does.
 
-With `use_pdl` programs start while the kernel before is ending, and wait for it. Behind
-`_prefix_kernel` they wait only before they merge.
+With `use_pdl` programs start while the kernel before is ending, and wait for it.
 
 The query heads of one KV head are the rows of one tile, padded to 16 for the tensor cores: the
 keys are read once for all of them, and padding rows cost nothing where bandwidth is the limit.
@@ -58,7 +57,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
@@ -68,6 +66,7 @@ from engine.kernels.attention_tiles import (
     score_factors,
     softmax_step,
 )
+from engine.kernels.decode_merge import merge_kernel, merge_splits
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
@@ -97,12 +96,12 @@ class DecodeTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    split: int = 512
+    split: int = 256
     max_splits: int = 32
-    merge_splits: int = 8
+    merge_splits: int = 4
     max_registers: int | None = None
-    merge_here: bool = True
-    use_pdl: bool = True
+    merge_here: bool = False
+    use_pdl: bool = False
 
     @property
     def layout(self) -> SplitLayout:
@@ -113,84 +112,18 @@ class DecodeTiles:
 def decode_tiles(dtype: torch.dtype, head_dim: int) -> DecodeTiles:
     """Tiles for a dtype and head size.
 
-    Read off the compiler (triton 3.6, sm_90): 80 KiB at head_dim 128, 40 KiB at 64; without the
-    bound on registers merging in the loop would take up to 255 of them, with it nothing spills.
+    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold,
+    read off the compiler (triton 3.6, sm_90): 80 KiB and 155 registers at head_dim 128, 40 KiB and
+    128 registers (146 unbounded) at 64. Programs beyond those would run after all others. Not yet
+    timed in this form: docs/KERNELS.md says what to check first.
     """
     if dtype == torch.float32:
         return DecodeTiles(32, 2, 4, 2)
     if head_dim > 128:
         return DecodeTiles(32, 3, 4, 2)
     if head_dim > 64:
-        return DecodeTiles(64, 3, 4, 2, max_registers=168)
+        return DecodeTiles(64, 3, 4, 2)
     return DecodeTiles(64, 3, 4, 4, max_registers=128)
-
-
-@triton.jit
-def _merge_splits(
-    partial_ptr,
-    stats_ptr,
-    out_row_ptr,
-    first_place,
-    num_splits,
-    kv_head,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Join the splits of one sequence and KV head, in their order."""
-    num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
-    members = tl.arange(0, BLOCK_G)
-    columns = tl.arange(0, BLOCK_D)
-    splits = tl.arange(0, MAX_SPLITS)
-    is_member = members < GROUP
-    is_column = columns < HEAD_DIM
-    heads = kv_head * GROUP + members
-    stats_ptrs = stats_ptr + (first_place + splits)[:, None] * (2 * num_q_heads) + heads[None, :]
-    is_stat = (splits < num_splits)[:, None] & is_member[None, :]
-    maxima = tl.load(stats_ptrs, mask=is_stat, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(stats_ptrs + num_q_heads, mask=is_stat, other=0.0, cache_modifier=".cg")
-    # The first sums are on their way before anybody waits for the maxima.
-    in_round = tl.arange(0, BLOCK_S)
-    partial_ptrs = partial_ptr + columns[None, None, :]
-    partial_ptrs += ((first_place + in_round)[:, None] * num_q_heads + heads[None, :])[
-        :, :, None
-    ] * HEAD_DIM
-    weight_ptrs = stats_ptr + (first_place + in_round)[:, None] * (2 * num_q_heads) + heads[None, :]
-    is_value = (is_member[:, None] & is_column[None, :])[None, :, :]
-    is_part = in_round < num_splits
-    is_weight = is_part[:, None] & is_member[None, :]
-    partial = tl.load(
-        partial_ptrs,
-        mask=is_part[:, None, None] & is_value,
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    weights = tl.load(weight_ptrs, mask=is_weight, other=float("-inf"), cache_modifier=".cg")
-    # Rows of padding heads have no maximum; 0 keeps NaN out of them.
-    highest = tl.where(is_member, tl.max(maxima, axis=0), 0.0)
-    total = tl.sum(sums * tl.exp2(maxima - highest[None, :]), axis=0)
-    acc = tl.sum(partial * tl.exp2(weights - highest[None, :])[:, :, None], axis=0)
-    for base in tl.range(BLOCK_S, num_splits, BLOCK_S, num_stages=1):
-        partial_ptrs += BLOCK_S * num_q_heads * HEAD_DIM
-        weight_ptrs += BLOCK_S * 2 * num_q_heads
-        is_part = base + in_round < num_splits
-        is_weight = is_part[:, None] & is_member[None, :]
-        partial = tl.load(
-            partial_ptrs,
-            mask=is_part[:, None, None] & is_value,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        weights = tl.load(weight_ptrs, mask=is_weight, other=float("-inf"), cache_modifier=".cg")
-        acc += tl.sum(partial * tl.exp2(weights - highest[None, :])[:, :, None], axis=0)
-    mixed = acc / tl.where(is_member, total, 1.0)[:, None]
-    out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
-    mask = is_member[:, None] & is_column[None, :]
-    tl.store(out_ptrs, mixed.to(out_row_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -258,14 +191,6 @@ def _await_threads():
 
 
 @triton.jit
-def _await_prefixes():
-    """`gdc_wait`, likewise."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _split_kernel(
     q_ptr,
     k_ptr,
@@ -296,7 +221,6 @@ def _split_kernel(
     ITEM: tl.constexpr,
     MERGE_HERE: tl.constexpr,
     USE_PDL: tl.constexpr,
-    AFTER_PREFIXES: tl.constexpr,
     HAS_THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -304,11 +228,7 @@ def _split_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    if AFTER_PREFIXES:
-        # `_prefix_kernel` let this one start when all before it was done: queries and keys are
-        # there, only its own sums are not.
-        gdc_launch_dependents()
-    elif USE_PDL:
+    if USE_PDL:
         follow_kernel_before()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     num_programs = tl.num_programs(0)
@@ -392,9 +312,7 @@ def _split_kernel(
                         _await_threads()
                     if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_before:
                         tl.store(arrival_ptr, 0)
-                        if AFTER_PREFIXES:
-                            _await_prefixes()
-                        _merge_splits(
+                        merge_splits(
                             partial_ptr,
                             stats_ptr,
                             out_row_ptr,
@@ -423,52 +341,6 @@ def _split_kernel(
         next_item = _choose_item(is_last, loaded, next_item)
         table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
         block_ids = load_block_ids(table_ptr, tile, item[3], BLOCK_N, BLOCK_SIZE)
-    if AFTER_PREFIXES:
-        # Whoever waits for this kernel counts on everything before it.
-        _await_prefixes()
-
-
-@triton.jit
-def _merge_kernel(
-    places_ptr,
-    counts_ptr,
-    partial_ptr,
-    stats_ptr,
-    out_ptr,
-    stride_out,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    if USE_PDL:
-        follow_kernel_before()
-    seq = tl.program_id(0).to(tl.int64)
-    num_planned = seq + 1
-    if counts_ptr is not None:
-        num_planned = tl.load(counts_ptr).to(tl.int64)
-    if seq < num_planned:
-        num_splits = tl.load(places_ptr + seq * 2 + 1)
-        if num_splits > 1:
-            _merge_splits(
-                partial_ptr,
-                stats_ptr,
-                out_ptr + seq * stride_out,
-                tl.load(places_ptr + seq * 2).to(tl.int64),
-                num_splits,
-                tl.program_id(1),
-                NUM_KV_HEADS,
-                GROUP,
-                HEAD_DIM,
-                MAX_SPLITS,
-                BLOCK_G,
-                BLOCK_D,
-                BLOCK_S,
-            )
 
 
 def decode_attention(
@@ -572,7 +444,6 @@ def decode_attention(
         ITEM=ITEM,
         MERGE_HERE=tiles.merge_here,
         USE_PDL=use_pdl,
-        AFTER_PREFIXES=use_pdl and plan.prefix_items is not None and tiles_of_prefixes.use_pdl,
         HAS_THREADS=q.is_cuda,
         BLOCK_M=max(16, block_g),
         BLOCK_N=tiles.block_n,
@@ -583,7 +454,7 @@ def decode_attention(
         launch_pdl=use_pdl,
     )
     if not tiles.merge_here:
-        _merge_kernel[(num_seqs, num_kv_heads)](
+        merge_kernel[(num_seqs, num_kv_heads)](
             plan.places,
             metadata.device_counts,
             partial,

@@ -35,7 +35,8 @@ of T. Row offsets are int64.
 constexpr: tiles, switches, BLOCK_SQUARES (a power of two >= P). T is not specialised.
 Tiles come from `few_row_tiles`, measured there.
 
-USE_PDL: programs start while the kernel before them still runs (programmatic dependent launch),
+USE_PDL (the sweep only): programs start while the kernel before them still runs (programmatic
+dependent launch),
 bring the head of their weight rows to L2, then wait for it to end. Hopper and later.
 """
 

@@ -46,7 +46,11 @@ four 473; 128 keys and two stages 437; 64 rows, four warps and three stages 456.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
@@ -59,8 +63,9 @@ from engine.kernels.attention_tiles import (
     score_factors,
 )
 from engine.kernels.metadata import AttentionMetadata
-from engine.kernels.prefill_hopper import can_attend, prefill_on_hopper
 from engine.kernels.prefill_plan import HEADER, ITEM, prefill_plan
+
+logger = logging.getLogger(__name__)
 
 # Programs of a captured step, per multiprocessor. One is resident at a time; several share out the
 # work as they finish.
@@ -379,6 +384,24 @@ def _prefill_kernel(
         )
 
 
+@functools.cache
+def hopper_kernel() -> ModuleType | None:
+    """`prefill_hopper`; None, with a warning, where triton has another Gluon than it is written in.
+
+    Gluon is experimental and renames things from release to release; the kernel of this file
+    computes the same.
+    """
+    try:
+        return importlib.import_module("engine.kernels.prefill_hopper")
+    except (ImportError, AttributeError):
+        logger.warning(
+            "triton %s lacks what the Hopper prefill kernel needs; prompts run 20 to 30 %% slower",
+            triton.__version__,
+            exc_info=True,
+        )
+        return None
+
+
 def prefill_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -405,8 +428,9 @@ def prefill_attention(
         tiles: Launch shape of this file's kernel; default: `prefill_hopper` where it serves the
             layer, else `prefill_tiles`.
     """
-    if tiles is None and can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
-        prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+    hopper = hopper_kernel() if tiles is None else None
+    if hopper and hopper.can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
+        hopper.prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
         return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]

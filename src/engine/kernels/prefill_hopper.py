@@ -85,7 +85,9 @@ class HopperTiles:
 def hopper_tiles(head_dim: int, num_tokens: int) -> HopperTiles:
     """Tiles for a head size and a step of T tokens; a row's bits are the same with any.
 
-    (Were `block_n` to depend on T, they would not be.)
+    (Were `block_n` to depend on T, they would not be.) Three consumers at head_dim 64 on an H100:
+    726 us instead of 750 for 16k tokens of the 135M shape, 522 instead of 584 for 7808 after 8192,
+    but 37 instead of 27 for 2048. At 128 their registers do not suffice.
     """
     if head_dim > 64:
         return HopperTiles(2, 128, 2)

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
@@ -61,7 +60,6 @@ class PrefixTiles:
         programs_per_processor: Programs that share a multiprocessor.
         split: Keys per split, a multiple of 64 and of block_n.
         max_splits: Most splits of a prefix; leaves members at least one of their own.
-        use_pdl: Programs start before the kernel before them ends, and wait for it.
     """
 
     block_m: int
@@ -71,7 +69,6 @@ class PrefixTiles:
     programs_per_processor: int
     split: int = 1024
     max_splits: int = 16
-    use_pdl: bool = True
 
     @property
     def layout(self) -> PrefixLayout:
@@ -81,12 +78,18 @@ class PrefixTiles:
 
 
 def prefix_tiles(dtype: torch.dtype, head_dim: int) -> PrefixTiles:
-    """Tiles for a dtype and head size."""
+    """Tiles for a dtype and head size.
+
+    Measured on an H100 with 64 members behind 5952 tokens, with the private parts: 512 keys per
+    split the fastest at head_dim 64 (9 query heads), 1024 at 128 (32); tiles of 128 rows no faster.
+    """
     if dtype == torch.float32:
         return PrefixTiles(16, 32, 2, 4, 2)
     if head_dim > 128:
         return PrefixTiles(64, 64, 2, 4, 1)
-    return PrefixTiles(64, 64, 3, 4, 2)
+    if head_dim > 64:
+        return PrefixTiles(64, 64, 3, 4, 2)
+    return PrefixTiles(64, 64, 3, 4, 1, split=512)
 
 
 @triton.jit
@@ -115,15 +118,10 @@ def _prefix_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HEADER: tl.constexpr,
     ITEM: tl.constexpr,
-    USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    if USE_PDL:
-        # In this order: the next kernel reads the queries without waiting for this one.
-        gdc_wait()
-        gdc_launch_dependents()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     columns = tl.arange(0, BLOCK_D)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
@@ -261,12 +259,10 @@ def attend_shared_prefixes(
         HAS_SOFTCAP=softcap != 0.0,
         HEADER=HEADER,
         ITEM=ITEM,
-        USE_PDL=tiles.use_pdl and q.is_cuda,
         BLOCK_M=tiles.block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
-        launch_pdl=tiles.use_pdl and q.is_cuda,
     )

@@ -232,7 +232,7 @@ class Decoder:
             if rope is not None
         }
         self._max_fused_tokens = 0
-        if device.type == "cuda" and not batch_invariant and can_fuse(config):
+        if device.type == "cuda" and not batch_invariant and can_fuse(config, dtype):
             self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         self._layer_plan = [
@@ -387,12 +387,14 @@ class Decoder:
         return name.endswith("rotary_emb.inv_freq")
 
 
-def can_fuse(config: DecoderConfig) -> bool:
-    """Whether nothing stands between a layer's products and the residual stream.
+def can_fuse(config: DecoderConfig, dtype: torch.dtype) -> bool:
+    """Whether norms, residual sums and activations may join the products around them (few rows).
 
-    Then, for few rows, norms, residual sums and activations join the products around them.
+    Not where something stands between a product and the residual stream. In float32, without
+    tensor cores, nothing was measured.
     """
-    return not config.has_post_norms and config.residual_scale == 1.0
+    has_plain_sums = not config.has_post_norms and config.residual_scale == 1.0
+    return has_plain_sums and dtype.itemsize == 2
 
 
 def weight_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:

@@ -61,7 +61,6 @@ class Child:
                 pass_fds=(sock.fileno(),),
                 # A session of its own: Ctrl-C and a closed terminal reach the parent alone.
                 start_new_session=True,
-                env=_environment(),
             )
         except OSError as error:
             msg = f"placement='process' could not start {sys.executable!r}: {error}."
@@ -134,18 +133,3 @@ def _interpreter() -> str:
         )
         raise ConfigError(msg)
     return sys.executable
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment; what the user says of OpenMP's idle workers is left alone.
-
-    By default GNU's OpenMP lets the workers of a CPU engine spin between operations, which is
-    fine on idle cores and ruinous beside anything busy, such as the application that this child was
-    started to be kept apart from: spinning workers hold the cores that the others need. On 2 cores
-    with a load of 3, the demo model's steps took 28 ms with workers that sleep and 130-230 ms with
-    spinning ones (torch 2.13).
-    """
-    environment = dict(os.environ)
-    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        environment["OMP_WAIT_POLICY"] = "passive"
-    return environment

@@ -121,7 +121,8 @@ class CapturedSteps:
     def warm_up(self, variant: SamplerVariant) -> None:
         """Capture every size without prefix groups, with the sampling of one variant.
 
-        Largest first: the shared memory pool is then laid out once and only reused.
+        Largest first: the shared memory pool is then laid out once and only reused. Steps with
+        prefix groups are captured when first met; their kernels are compiled here.
         """
         for num_seqs, num_tokens in reversed(self._ladder.mixed):
             self._forward_graph(_Size(num_seqs, num_tokens, is_pure_decode=False))
@@ -129,6 +130,9 @@ class CapturedSteps:
         for num_seqs in reversed(self._ladder.decode):
             self._forward_graph(_Size(num_seqs, num_seqs, is_pure_decode=True))
             self._sampling_graph(num_seqs, variant)
+        most = self._ladder.decode[-1]
+        self._slots.write_empty()
+        self._run_forward(_Size(most, most, is_pure_decode=True, has_prefix_groups=True))
 
     # ---------------------------------------------------------------- captures
 

@@ -82,16 +82,21 @@ class ChatListCall(ListCall):
         """Fire the start callbacks of one conversation, with the config of its own."""
         config = self.configs[index]
         if not self.is_watched:
-            run_id = config.get("run_id") or uuid7()
-            return ChatRun(
-                self,
-                messages,
-                CallbackManagerForLLMRun(run_id=run_id, handlers=[], inheritable_handlers=[]),
+            nobody = CallbackManagerForLLMRun(
+                run_id=self._run_id(index), handlers=[], inheritable_handlers=[]
             )
+            return ChatRun(self, messages, nobody)
         (run,) = self._start(
             self.managers[index], [messages], config.get("run_name"), config.get("run_id")
         )
         return run
+
+    def message_id(self) -> str:
+        """Id of the pieces of an unwatched call's first stream."""
+        return f"{LC_ID_PREFIX}-{self._run_id(0)}"
+
+    def _run_id(self, index: int) -> uuid.UUID:
+        return self.configs[index].get("run_id") or uuid7()
 
     def start_together(
         self,

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -13,7 +20,7 @@ from langchain_core.callbacks import (
 )
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config
@@ -131,6 +138,59 @@ class ChatLocal(ChatLists):
         return call.start(0, messages).answer(output)
 
     @override
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """The answer in pieces. Leaving the loop early aborts it. Unwatched as `invoke`."""
+        config = ensure_config(config)
+        call = ChatListCall(self, {**kwargs, "stop": stop}, [config])
+        if not self._streams_plainly(call, kwargs):
+            yield from super().stream(input, config, stop=stop, **kwargs)
+            return
+        messages = self._convert_input(input).to_messages()
+        message_id = call.message_id()
+        with closing(self._stream(messages, call.stop, **call.kwargs)) as chunks:
+            for chunk in chunks:
+                yield _plain_chunk(chunk, message_id)
+
+    @override
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """`stream` for an event loop."""
+        config = ensure_config(config)
+        call = ChatListCall(self, {**kwargs, "stop": stop}, [config])
+        if not self._streams_plainly(call, kwargs):
+            watched = super().astream(input, config, stop=stop, **kwargs)
+            async with aclosing(cast("AsyncGenerator[AIMessageChunk]", watched)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        messages = self._convert_input(input).to_messages()
+        message_id = call.message_id()
+        async with aclosing(self._astream(messages, call.stop, **call.kwargs)) as chunks:
+            async for chunk in chunks:
+                yield _plain_chunk(chunk, message_id)
+
+    def _streams_plainly(self, call: ChatListCall, kwargs: dict[str, Any]) -> bool:
+        """Whether pieces go to the caller as they are: nobody else wants them, nor another form."""
+        return (
+            self.output_version != "v1"
+            and self._should_stream(async_api=True, **{**kwargs, "stream": True})
+            and not call.is_watched
+        )
+
+    @override
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -179,7 +239,7 @@ class ChatLocal(ChatLists):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
+    ) -> Generator[ChatGenerationChunk]:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
             check_can_stream(options)
@@ -197,7 +257,7 @@ class ChatLocal(ChatLists):
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> AsyncIterator[ChatGenerationChunk]:
+    ) -> AsyncGenerator[ChatGenerationChunk]:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
             check_can_stream(options)
@@ -344,3 +404,12 @@ class ChatLocal(ChatLists):
                 "prompt and use an output parser, for instance `chat | PydanticOutputParser(…)`."
             )
             raise RequestError(msg)
+
+
+def _plain_chunk(chunk: ChatGenerationChunk, message_id: str) -> AIMessageChunk:
+    """A chunk's message with its id and metadata, as LangChain hands it on."""
+    message = cast("AIMessageChunk", chunk.message)
+    message.id = message_id
+    if chunk.generation_info:
+        message.response_metadata = {**chunk.generation_info, **message.response_metadata}
+    return message

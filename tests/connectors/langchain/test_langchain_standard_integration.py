@@ -28,6 +28,8 @@ def _demo_engine(demo_model):
     yield
     gc.collect()
     chat.close()
+    # The model of the test that ran last is still in pytest's hands, and with it a reference.
+    engine.close()
     assert engine.is_closed
 
 

@@ -82,6 +82,61 @@ def test_watched_and_unwatched_answers_are_equal(fake_engine, verb, output_versi
     assert len({answer.id for answer in (*plain, *watched)}) == 4
 
 
+def stream(chat, verb, text, config=None, **kwargs):
+    """Pieces of `stream` or `astream`."""
+    if verb == "stream":
+        return list(chat.stream(text, config, **kwargs))
+
+    async def run():
+        return [piece async for piece in chat.astream(text, config, **kwargs)]
+
+    return asyncio.run(run())
+
+
+either_stream = pytest.mark.parametrize("verb", ["stream", "astream"])
+
+
+@either_stream
+def test_streams_fire_no_event_for_nobody(chat, no_events, verb):
+    assert "".join(piece.content for piece in stream(chat, verb, "abc")) == "cba"
+    with pytest.raises(AssertionError, match="an event was fired"):
+        stream(chat, verb, "abc", {"callbacks": [CountingHandler()]})
+    with get_usage_metadata_callback(), pytest.raises(AssertionError, match="an event was fired"):
+        stream(chat, verb, "abc")
+
+
+@either_stream
+@pytest.mark.parametrize("output_version", ["v0", "v1"])
+@pytest.mark.parametrize("options", [{}, {"logprobs": True}, {"stop": ["b"]}, {"max_tokens": 1}])
+def test_watched_and_unwatched_streams_are_equal(fake_engine, verb, output_version, options):
+    chat = ChatLocal(engine=fake_engine, output_version=output_version)
+    run_id = uuid.uuid4()
+    plain = stream(chat, verb, "abc", {"run_id": run_id}, **options)
+    watched = stream(
+        chat, verb, "abc", {"run_id": run_id, "callbacks": [CountingHandler()]}, **options
+    )
+    assert {piece.id for piece in (*plain, *watched)} == {f"lc_run--{run_id}"}
+    sums = []
+    for pieces in (plain, watched):
+        total = pieces[0]
+        for piece in pieces[1:]:
+            total += piece
+        assert pieces[-1].chunk_position == "last"
+        metadata = dict(total.response_metadata, timings=None)
+        sums.append((total.model_dump(exclude={"response_metadata"}), metadata))
+    assert sums[0] == sums[1]
+    assert len({piece.id for piece in (plain[0], stream(chat, verb, "abc")[0])}) == 2
+
+
+@either_stream
+def test_streams_that_are_switched_off(fake_engine, verb):
+    chat = ChatLocal(engine=fake_engine, disable_streaming=True)
+    (whole,) = stream(chat, verb, "abc")
+    assert whole.content == "cba"
+    with pytest.raises(RequestError, match="n=2"):
+        stream(ChatLocal(engine=fake_engine), verb, "abc", n=2)
+
+
 @every_verb
 def test_the_run_id_of_the_config_is_used(chat, verb):
     run_id = uuid.uuid4()

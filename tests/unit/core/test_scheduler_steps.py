@@ -220,20 +220,11 @@ def test_watched_sequences_are_listed_and_no_others() -> None:
     done = _complete(harness, 11, 12, 13, 14)
     assert [seq for seq, _ in done.watched] == watched
     assert done.num_new_tokens == 4
-    harness.scheduler.watch(silent)
     _schedule(harness)
     done = _complete(harness, 21, 22, 23, 24)
-    assert [seq for seq, _ in done.watched] == [silent, *watched]
+    assert [seq for seq, _ in done.watched] == watched
     assert harness.scheduler.output_tokens(silent) == [11, 21]
     assert harness.scheduler.output_tokens(silent, 1) == [21]
-
-
-def test_a_sequence_can_be_watched_before_it_runs() -> None:
-    harness = Harness()
-    seq = harness.submit([1]).sequences[0]
-    harness.scheduler.watch(seq)
-    _schedule(harness)
-    assert _complete(harness, 11).watched == [(seq, 0)]
 
 
 def test_the_first_token_is_announced_once() -> None:
