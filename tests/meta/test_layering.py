@@ -170,3 +170,13 @@ def test_using_the_engine_changes_nothing_global(support_dir: Path) -> None:
         check=True,
     ).stdout
     assert json.loads(output.strip().splitlines()[-1]) == []
+
+
+def test_a_cpu_engine_does_without_triton() -> None:
+    """It is 66 MiB and a tenth of a second; a CUDA device brings it in."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SRC)!r}); import engine.build, engine.engine; "
+        "print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -52,6 +52,13 @@ def eight_bit_parts(num_rows: int, num_columns: int) -> tuple[torch.Tensor, torc
     return codes.to(torch.int8), scales
 
 
+def eight_bit_weight(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> EightBitWeight:
+    chunks = zip(codes.split(41), scales.split(41), strict=True)
+    return EightBitWeight(*codes.shape, chunks, dtype)
+
+
 def inputs(num_rows: int, num_columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_rows + num_columns)
     return torch.randn(num_rows, num_columns, generator=generator).to(dtype)
@@ -103,7 +110,7 @@ def test_the_room_serves_weights_of_all_sizes() -> None:
 def test_eight_bit_product_is_right(shape: tuple[int, int], dtype: torch.dtype) -> None:
     codes, scales = eight_bit_parts(*shape)
     value = four_bit_value(codes, scales, torch.zeros_like(scales))
-    weight = EightBitWeight(codes, scales, dtype)
+    weight = eight_bit_weight(codes, scales, dtype)
     x = inputs(5, shape[1])
     y = weight(x)
     assert y.dtype == dtype
@@ -120,7 +127,7 @@ def test_sixteen_bits_of_x_survive() -> None:
     """With weights that need no rounding, the product is as good as float32's but for x's step."""
     codes = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
     codes[:, 0] = 127
-    weight = EightBitWeight(codes, torch.full((64, 2), 0.5), torch.float32)
+    weight = eight_bit_weight(codes, torch.full((64, 2), 0.5), torch.float32)
     magnitudes = torch.tensor([1e-20, 1e-3, 1.0, 50.0, 1e4, 0.0, 1.0, 1.0, 1.0])
     x = torch.randn(9, 64) * magnitudes[:, None]
     x[7, 3] = 1000.0
@@ -131,7 +138,7 @@ def test_sixteen_bits_of_x_survive() -> None:
 
 
 def test_a_row_of_eight_bits_does_not_notice_its_neighbours(threads: int) -> None:
-    weight = EightBitWeight(*eight_bit_parts(576, 1536), torch.float32)
+    weight = eight_bit_weight(*eight_bit_parts(576, 1536), torch.float32)
     x = inputs(300, 1536)
     x[250] *= 1000.0
     expected = weight(x)
@@ -144,7 +151,7 @@ def test_a_row_of_eight_bits_does_not_notice_its_neighbours(threads: int) -> Non
 
 def test_large_outputs_are_made_in_parts() -> None:
     """The sums of a part stay within 16 MiB, here 512 rows of them at two bytes' sums each."""
-    weight = EightBitWeight(*eight_bit_parts(60_000, 32), torch.float32)
+    weight = eight_bit_weight(*eight_bit_parts(60_000, 32), torch.float32)
     x = inputs(70, 32)
     assert torch.equal(weight(x), torch.cat([weight(row[None]) for row in x]))
 

@@ -27,7 +27,8 @@ cost a mean KL of 0.016 nats (asymmetric; 0.033 symmetric), where 16 bits cost n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -153,18 +154,32 @@ class EightBitWeight:
     """A weight [N, K] of 8-bit codes; see the head of this module.
 
     Args:
-        codes: [N, K] int8.
-        scales: [N, K / 32] float32.
+        num_rows: N.
+        num_columns: K.
+        chunks: Rows from top to bottom, each (codes [n, K] int8, scales [n, K / 32] float32). In
+            small parts, since what a large allocation leaves behind is not given back.
         out_dtype: Of the products.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> None:
-        num_rows, num_columns = codes.shape
+    def __init__(
+        self,
+        num_rows: int,
+        num_columns: int,
+        chunks: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        out_dtype: torch.dtype,
+    ) -> None:
         self.shape = (num_rows, num_columns)
-        self.row_scales = codes.new_empty(num_rows, dtype=torch.float32)
-        self._packed = torch.ops.onednn.qlinear_prepack(
-            self._round_to_rows(codes, scales), [_EIGHT_BIT_ROWS[0], num_columns]
-        )
+        self.row_scales = torch.empty(num_rows, dtype=torch.float32)
+        # Not from the allocator: freeing so large a piece makes GNU's keep all smaller ones.
+        room = mmap.mmap(-1, num_rows * num_columns)
+        rounded = torch.frombuffer(room, dtype=torch.int8).view(num_rows, num_columns)
+        start = 0
+        for codes, scales in chunks:
+            rows = slice(start, start + codes.shape[0])
+            self.row_scales[rows] = _round_to_rows(codes, scales, rounded[rows])
+            start = rows.stop
+        assert start == num_rows, "the chunks are not the weight's rows"
+        self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_EIGHT_BIT_ROWS[0], num_columns])
         self._zero_points = torch.zeros(num_rows, dtype=torch.int64)
         self._out_dtype = out_dtype
         most_rows = max(1, _MOST_SUM_BYTES // (2 * 4 * num_rows))
@@ -188,18 +203,16 @@ class EightBitWeight:
         product = torch.add(sums[:num_rows], sums[num_rows:], alpha=256.0).mul_(x_scales)
         return product if self._out_dtype == torch.float32 else product.to(self._out_dtype)
 
-    def _round_to_rows(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """`codes` under one scale per row, which goes to `row_scales`."""
-        rounded = torch.empty_like(codes)
-        step = max(1, (1 << 18) // codes.shape[1])
-        for start in range(0, codes.shape[0], step):
-            rows = slice(start, start + step)
-            blocks = codes[rows].view(-1, scales.shape[1], GROUP_COLUMNS).float()
-            values = blocks.mul_(scales[rows, :, None]).flatten(1)
-            row_scales = values.abs().amax(-1).clamp_(min=1e-30).div_(_MAX_CODE)
-            self.row_scales[rows] = row_scales
-            rounded[rows] = values.div_(row_scales[:, None]).round_()
-        return rounded
+
+def _round_to_rows(
+    codes: torch.Tensor, scales: torch.Tensor, rounded: torch.Tensor
+) -> torch.Tensor:
+    """Write `codes` [n, K] under one scale per row to `rounded`; these scales, new [n]."""
+    blocks = codes.view(-1, scales.shape[1], GROUP_COLUMNS).float()
+    values = blocks.mul_(scales[..., None]).flatten(1)
+    row_scales = values.abs().amax(-1).clamp_(min=1e-30).div_(_MAX_CODE)
+    rounded.copy_(values.div_(row_scales[:, None]).round_())
+    return row_scales
 
 
 def _byte_product(

@@ -22,9 +22,10 @@ import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 BLOCK_COLUMNS: Final = 32
+_CHUNK_BYTES: Final = 1 << 20
 BITS_OF_TYPE: Final[Mapping[str, int]] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _HEADER_BYTES: Final[Mapping[str, int]] = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}
 
@@ -84,6 +85,15 @@ class QuantisedMatrix:
             per_head = encoded.reshape(self.num_heads, -1, 2, encoded.shape[1])
             encoded = per_head.swapaxes(1, 2).reshape(encoded.shape)
         return split_blocks(encoded, self.type_name)
+
+    def chunks(self) -> Iterator[QuantisedRows]:
+        """All rows from top to bottom, about a megabyte at a time where their order allows it."""
+        if self.num_heads:
+            yield self.read()
+            return
+        step = max(1, _CHUNK_BYTES // self.encoded.shape[1])
+        for start in range(0, self.encoded.shape[0], step):
+            yield split_blocks(self.encoded[start : start + step], self.type_name)
 
     def take(self, rows: torch.Tensor) -> QuantisedRows:
         """Rows [R] int64 of a matrix that is not interleaved."""

@@ -54,6 +54,9 @@ class QuantisedMatrix(Protocol):
     def read(self) -> QuantisedRows:
         """All rows."""
 
+    def chunks(self) -> Iterator[QuantisedRows]:
+        """All rows, a part at a time."""
+
     def take(self, rows: torch.Tensor) -> QuantisedRows:
         """Some rows, by number [R] int64."""
 
@@ -153,9 +156,10 @@ def _merged_weight(
     num_rows = sum(part.shape[0] for part in found)
     if bits == 4 and not FourBitWeight.accepts(num_rows, found[0].shape[1]):
         return None
+    if bits == 8:
+        chunks = ((rows.codes, rows.scales) for part in found for rows in part.chunks())
+        return EightBitWeight(num_rows, found[0].shape[1], chunks, out_dtype)
     blocks = [part.read() for part in found]
     codes = torch.cat([block.codes for block in blocks])
     scales = torch.cat([block.scales for block in blocks])
-    if bits == 8:
-        return EightBitWeight(codes, scales, out_dtype)
     return FourBitWeight(codes, scales, torch.cat([block.minima for block in blocks]), room)

@@ -13,7 +13,7 @@ input and come back by themselves, so that later steps can be launched while thi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from engine.config import ResolvedConfig
 from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.models.decoder import Decoder
-from engine.runner.captured_steps import CapturedSteps
 from engine.runner.free_cores import ThreadChooser
 from engine.runner.graph_launcher import GraphLauncher
 from engine.runner.pending_step import CapturedPendingStep, DeviceLogprobs, PendingStep
@@ -37,6 +36,9 @@ from engine.runner.step_inputs import (
     to_gpu,
 )
 from engine.runner.step_slots import StepSlots
+
+if TYPE_CHECKING:
+    from engine.runner.captured_steps import CapturedSteps
 
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are made at once for `prompt_logprobs`; bounds the memory."""
@@ -76,6 +78,9 @@ class ModelRunner:
                 config.device,
             )
             if not config.requested.enforce_eager:
+                # Imports triton: 66 MiB and a tenth of a second that a CPU does not need.
+                from engine.runner.captured_steps import CapturedSteps
+
                 self._launcher = GraphLauncher(torch.cuda.current_stream(config.device))
                 self._captured = CapturedSteps(
                     model, self.sampler, self.kv_caches, config, self._slots, self._launcher

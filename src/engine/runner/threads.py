@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,13 +29,25 @@ def set_own_num_threads(num_threads: int) -> None:
 
     OpenMP keeps the number per calling thread, but torch also remembers the last value set
     anywhere and gives it to threads that start later. So what such a thread would get is asked for
-    in one and set again in another: what the application sees does not change.
+    in one and set again in another: what the application sees does not change. Does nothing once
+    the interpreter is ending and starts no more threads.
     """
     if torch.get_num_threads() == num_threads:
         return
-    before = in_short_lived_thread(torch.get_num_threads)
+    before: list[int] = []
+    try:
+        _run_in_thread(lambda: before.append(torch.get_num_threads()))
+    except RuntimeError:
+        return
     torch.set_num_threads(num_threads)
-    in_short_lived_thread(lambda: torch.set_num_threads(before))
+    _run_in_thread(lambda: torch.set_num_threads(before[0]))
+
+
+def _run_in_thread(work: Callable[[], None]) -> None:
+    # Not an executor: those refuse earlier than threads do.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
 
 
 def in_short_lived_thread(work: Callable[[], _T]) -> _T:

@@ -11,6 +11,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from loader_files import llama_config, random_model, write_gguf
 
+from engine.loader import gguf_blocks
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix, split_blocks
 from engine.loader.resolve import resolve_model
@@ -33,9 +34,13 @@ def test_expanded_numbers_are_those_of_the_gguf_package(type_name: str) -> None:
 
 
 @pytest.mark.parametrize("type_name", BITS_OF_TYPE)
-def test_rows_can_be_taken_alone(type_name: str) -> None:
+def test_rows_can_be_taken_alone(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_blocks, "_CHUNK_BYTES", 500)
     stored = QuantisedMatrix(encoded_matrix(type_name), type_name)
     assert stored.shape == (24, 96)
+    chunks = [rows.expand() for rows in stored.chunks()]
+    assert len(chunks) > 1
+    assert torch.equal(torch.cat(chunks), stored.read().expand())
     rows = torch.tensor([5, 0, 23, 5])
     assert torch.equal(stored.take(rows).expand(), stored.read().expand()[rows])
 
