@@ -23,9 +23,11 @@ from core_fakes import VOCAB_SIZE, Harness, next_token
 from engine.core.batch import ScheduledBatch
 from engine.core.prefix_groups import MIN_BLOCKS, PrefixGroups
 from engine.core.request import Sequence
-from engine.runner.captured_steps import CapturedSteps
 from engine.runner.sampler import Sampler
 from engine.runner.step_slots import NUM_SLOTS, StepSlots, StepTicket
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+from engine.runner.captured_steps import CapturedSteps
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
