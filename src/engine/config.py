@@ -32,7 +32,7 @@ class EngineConfig:
         device: "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "cuda:<index>".
         dtype: Weights and activations: "auto" is the checkpoint's own where the device computes it
             fast, else bfloat16 or float32; or "bfloat16", "float16", "float32". With "auto" on a
-            CPU, quantised GGUF weights stay quantised: less memory, faster up to about 8 running
+            CPU, quantised GGUF weights stay quantised: less memory, faster up to about 16 running
             sequences; a dtype that is named expands them, which is faster beyond.
         max_model_len: Most tokens of prompt and answer together. Default: the model's own limit,
             lowered to what the KV cache holds.

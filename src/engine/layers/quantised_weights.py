@@ -8,9 +8,9 @@ Q4_0 and Q4_1 have it. Only the scales are rounded, to bfloat16.
 
 - *Decoding rows* take torch's int4 product: weights are expanded in registers, sums are float32 in
   the order of the columns, for each row alike. It reads a quarter of bfloat16's bytes, and its time
-  grows with the rows: 2 threads of a Zen 5 need about 70 µs for the four products of a layer of the
-  135M demo model at 1 row, 190 at 8, 350 at 16 and 1320 at 64; oneDNN's bfloat16 product about
-  130, 170, 240 and 630.
+  grows with the rows: 2 threads of a Zen 5 need 66 µs for the four products of a layer of the 135M
+  demo model at 1 row, 178 at 8, 341 at 16 and 1330 at 64; oneDNN's bfloat16 product 168, 192, 249
+  and 634.
 - *Prompt rows* take oneDNN's bfloat16 product with the weight expanded into a buffer that all
   layers share. That is 1.3 ms of one thread for a layer's weights, 40 ms for the model, whatever
   the rows.
