@@ -233,3 +233,15 @@ def test_a_capture_runs_an_empty_step() -> None:
         harness.run()
     assert device.model.num_empty == len(captured._forwards) == 2
     assert len(seen) == 4
+
+
+def test_more_changes_of_the_block_table_than_a_slot_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.runner.step_slots._MAX_UPDATES", 3)
+    harness = make_harness(budget=40, steps_in_flight=2)
+    rng = random.Random(8)
+    for length in (30, 3, 17, 9, 40, 6):
+        prompt = [rng.randrange(1, VOCAB_SIZE) for _ in range(length)]
+        harness.submit(prompt, max_tokens=12, temperature=0.0, eos=False)
+    harness.run()

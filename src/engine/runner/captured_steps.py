@@ -111,7 +111,7 @@ class CapturedSteps:
         sampling = self._sampling_graph(num_seqs, variant)
         rows, words = self._sampler.take_changed_settings()
         if not self._slots.write(batch, table, rows, words):
-            self._upload_block_tables(batch, table)
+            self._slots.apply_updates(batch.block_updates)
         self._launcher.launch(forward)
         self._launcher.launch(sampling)
         return self._slots.count_launch()
@@ -203,11 +203,3 @@ class CapturedSteps:
         )
         self._token_ids[:num_seqs].copy_(token_ids)
         finish_captured_step(self._slots.state, inputs, token_ids)
-
-    def _upload_block_tables(self, batch: ScheduledBatch, table: SequenceTable) -> None:
-        """Rewrite the changed rows whole, where more changed than a slot holds."""
-        rows = sorted({update.row for update in batch.block_updates})
-        device_table = self._slots.state.block_table
-        on_device = torch.tensor(rows, device=device_table.device)
-        contents = torch.from_numpy(table.block_table[rows]).to(device_table.device)
-        device_table.index_copy_(0, on_device, contents)

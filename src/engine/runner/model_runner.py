@@ -31,7 +31,6 @@ from engine.runner.step_inputs import (
     DeviceUploader,
     StepInputs,
     build_host_inputs,
-    flatten_updates,
     to_cpu,
     to_gpu,
 )
@@ -68,7 +67,7 @@ class ModelRunner:
         self.threads = None if self._is_cuda else ThreadChooser(config.requested.num_threads)
         if self._is_cuda:
             num_buffers = config.max_steps_in_flight + 1
-            self._uploader = DeviceUploader(config.device, 2 * num_buffers)
+            self._uploader = DeviceUploader(config.device, num_buffers)
             self._slots = StepSlots(
                 config.max_num_seqs,
                 max(config.max_num_batched_tokens, config.max_num_seqs),
@@ -163,10 +162,8 @@ class ModelRunner:
 
     def _run_eager(self, batch: ScheduledBatch) -> PendingStep:
         self.sampler.flush()
-        if self._slots is not None and self._uploader is not None and batch.block_updates:
-            rows, columns, block_ids = self._uploader.upload(flatten_updates(batch.block_updates))
-            table = self._slots.state.block_table
-            table.index_put_((rows, columns), block_ids.to(torch.int32))
+        if self._slots is not None:
+            self._slots.apply_updates(batch.block_updates)
         host = build_host_inputs(batch, self._table, self._config.block_size)
         inputs = self._inputs_on_device(host)
         hidden = self._model.forward(inputs.input_ids, self.kv_caches, inputs.metadata)

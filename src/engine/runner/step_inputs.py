@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.core.batch import BlockUpdate, ScheduledBatch
+from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.metadata import AttentionMetadata
 
@@ -93,17 +93,6 @@ def build_host_inputs(batch: ScheduledBatch, table: SequenceTable, block_size: i
         sampling_positions=seq_lens[is_sampling].astype(np.int64),
         num_decodes=int(np.count_nonzero(query_lens == 1)),
     )
-
-
-def flatten_updates(updates: list[BlockUpdate]) -> list[Int64Array]:
-    """Rows, columns and block ids of all changed block-table entries, each [N]."""
-    counts = [len(update.block_ids) for update in updates]
-    rows = np.repeat([update.row for update in updates], counts)
-    columns = np.concatenate(
-        [np.arange(update.start, update.start + len(update.block_ids)) for update in updates]
-    )
-    block_ids = np.concatenate([np.asarray(update.block_ids) for update in updates])
-    return [values.astype(np.int64) for values in (rows, columns, block_ids)]
 
 
 def to_cpu(host: HostInputs, block_size: int) -> StepInputs:

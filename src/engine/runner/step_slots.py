@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.core.batch import ScheduledBatch
+from engine.core.batch import BlockUpdate, ScheduledBatch
 from engine.core.prefix_groups import MAX_GROUPS
 from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedStepState, StepSlotLayout
@@ -91,7 +91,7 @@ class StepSlots:
 
         Returns:
             False where the block table changed in more places than a slot holds: the caller must
-            then bring those changes to the device before the launch.
+            then `apply_updates` before the launch.
         """
         layout = self.state.layout
         slot = self._params[self._launch_count % NUM_SLOTS]
@@ -124,6 +124,20 @@ class StepSlots:
         if self._rows_without_token:
             self.note_sampled(batch.rows[batch.is_sampling].tolist())
         return num_updates >= 0
+
+    def apply_updates(self, updates: list[BlockUpdate]) -> None:
+        """Bring changes of the block table to the device without a slot, before the next launch."""
+        if not updates:
+            return
+        counts = [len(update.block_ids) for update in updates]
+        rows = np.repeat([update.row for update in updates], counts)
+        columns = np.concatenate(
+            [np.arange(update.start, update.start + len(update.block_ids)) for update in updates]
+        )
+        block_ids = np.concatenate([np.asarray(update.block_ids) for update in updates])
+        table = self.state.block_table
+        on_device = torch.from_numpy(np.stack([rows, columns, block_ids])).to(table.device)
+        table.index_put_((on_device[0], on_device[1]), on_device[2].to(torch.int32))
 
     def note_new(self, rows: list[int]) -> None:
         """`rows` have new owners: what they sampled last is somebody else's."""
