@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     )
     raise ImportError(msg) from error
 
+from llm_connectors.llama_index.batched import batched
 from llm_connectors.llama_index.errors import (
     ConfigError,
     ConstraintError,
@@ -25,22 +26,30 @@ from llm_connectors.llama_index.errors import (
     RequestError,
     UnsupportedBlockError,
 )
+from llm_connectors.llama_index.extractors import ExtractorGroup, TitleExtractor
+from llm_connectors.llama_index.llm_rerank import LLMRerank
 from llm_connectors.llama_index.local_llm import LocalLLM
 from llm_connectors.llama_index.queries import aquery_many, query_many
 from llm_connectors.llama_index.settings import configure_settings, offline_sentence_splitter
+from llm_connectors.llama_index.shared_prefix import with_shared_prefix
 
 __all__ = [
     "ConfigError",
     "ConstraintError",
     "ContextOverflowError",
+    "ExtractorGroup",
     "ForeignProcessError",
+    "LLMRerank",
     "LocalLLM",
     "RequestError",
+    "TitleExtractor",
     "UnsupportedBlockError",
     "aquery_many",
+    "batched",
     "configure_settings",
     "offline_sentence_splitter",
     "query_many",
+    "with_shared_prefix",
 ]
 
 RECOGNIZED_LLMS[LocalLLM.class_name()] = LocalLLM

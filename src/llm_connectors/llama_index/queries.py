@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.schema import QueryBundle
 
 from llm_connectors.llama_index.errors import RequestError
+from llm_connectors.llama_index.loop_thread import run_in_loop_thread
 
 
 async def aquery_many(
@@ -64,11 +63,4 @@ def query_many(
     So it also works where a loop is running already, as in a notebook; that loop is blocked until
     the answers are there.
     """
-
-    def run() -> list[RESPONSE_TYPE]:
-        return asyncio.run(aquery_many(query_engine, queries, concurrency=concurrency))
-
-    # The copied context keeps the caller's instrumentation spans and tags.
-    context = contextvars.copy_context()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="query-many") as pool:
-        return pool.submit(context.run, run).result()
+    return run_in_loop_thread(lambda: aquery_many(query_engine, queries, concurrency=concurrency))
