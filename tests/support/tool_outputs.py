@@ -95,6 +95,7 @@ RECORDED = [
     # ------------------------------------------------------------ pythonic
     Recorded("one", "Meta, Llama 3.2 prompt format", "pythonic", "[get_weather(city='Tokyo', days=3)]", [("get_weather", {"city": "Tokyo", "days": 3})]),
     Recorded("two", f"{_VLLM}/test_pythonic_tool_parser.py", "pythonic", "[get_weather(city='Martha\\'s \"Vineyard\")'), register_user(name='John Doe', age=37, address={'city': 'San Francisco'}, role=None, aliases=['John', 'J'])]", [("get_weather", {"city": 'Martha\'s "Vineyard")'}), ("register_user", {"name": "John Doe", "age": 37, "address": {"city": "San Francisco"}, "role": None, "aliases": ["John", "J"]})]),
+    Recorded("line break in a string", "as small models write", "pythonic", "[get_weather(city='To\nkyo', days=-3)]", [("get_weather", {"city": "To\nkyo", "days": -3})]),
     Recorded("tags", "chat template of meta-llama/Llama-4-Scout-17B-16E-Instruct", "pythonic", "<|python_start|>[get_time()]<|python_end|>", [("get_time", {})]),
     Recorded("tool_code", "Google, function calling with Gemma", "pythonic", '```tool_code\nget_weather(city="Tokyo")\n```', [_WEATHER]),
     Recorded("bad neighbour", f"{_VLLM}/test_pythonic_tool_parser.py", "pythonic", "[get_time(x=b'z'), get_weather(city='Tokyo')]", [_WEATHER], num_broken=1),

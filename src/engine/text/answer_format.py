@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
@@ -167,12 +168,22 @@ class AnswerFormat:
 
     # ---------------------------------------------------------------- answers
 
+    def markers_are_text(self, special_tokens: Collection[str]) -> bool:
+        """Whether the markers show in text that comes without control tokens."""
+        return not any(marker in special_tokens for marker in self.markers)
+
+    def other_control_tokens(self, special_tokens: Collection[str]) -> re.Pattern[str] | None:
+        """Matches the control tokens that are no markers; None for none."""
+        others = sorted(set(special_tokens).difference(self.markers), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, others))) if others else None
+
     def reader(
         self,
         tools: Mapping[str, Mapping[str, Any]] | None,
         *,
         is_open: bool = False,
         tool_parser: str | None = None,
+        with_reasoning: bool = True,
     ) -> AnswerReader | None:
         """A reader for one answer; None where there is nothing but text.
 
@@ -180,12 +191,13 @@ class AnswerFormat:
             tools: Name -> JSON schema of the arguments; None where no calls are expected.
             is_open: The answer begins inside the reasoning; see `is_open`.
             tool_parser: Another parser than the model's own, for this answer.
+            with_reasoning: False where the prompt has ended the reasoning already.
         """
         name = tool_parser or self.tool_parser
         splitter = None
-        if self._marks is not None:
+        if self._marks is not None and with_reasoning:
             splitter = ReasoningSplitter(self.reasoning, is_open=is_open)
-        if tools is None and self.reasoning == "harmony":
+        if tools is None and self.reasoning == "harmony" and with_reasoning:
             tools, name = {}, "harmony"
         if tools is None:
             return None if splitter is None else AnswerReader(splitter, None)

@@ -16,10 +16,11 @@ class CallSyntax:
     the name, `after_name`, the arguments as a JSON object, `after_arguments`.
 
     Attributes:
-        trigger: What a call begins with, up to the point where it can be nothing else.
-        is_object: A call is a JSON object with "name" and `arguments_key`, so that several form
-            a list between `begin` and `end`.
+        is_object: A call is a JSON object with "name" and `arguments_key`, alone or in a list,
+            between `opener` and `closer`.
         arguments_key: That object's key of the arguments.
+        opener: What stands before the JSON.
+        closer: What stands behind it.
     """
 
     before_name: str
@@ -30,6 +31,8 @@ class CallSyntax:
     end: str = ""
     is_object: bool = True
     arguments_key: str = "arguments"
+    opener: str = ""
+    closer: str = ""
 
     @property
     def trigger(self) -> str:
@@ -70,5 +73,14 @@ def object_syntax(
             between=", ",
             end="]" + closer,
             arguments_key=arguments_key,
+            opener=opener,
+            closer=closer,
         )
-    return CallSyntax(opener + before_name, after_name, "}" + closer, arguments_key=arguments_key)
+    return CallSyntax(
+        opener + before_name,
+        after_name,
+        "}" + closer,
+        arguments_key=arguments_key,
+        opener=opener,
+        closer=closer,
+    )

@@ -24,7 +24,7 @@ CASES = [
     ("think", True, "never closed </thin", "never closed </thin", ""),
     ("think", False, "<think>\n\n</think>\n\nFour.", "", "Four."),
     ("think", False, "  Four. <think>no</think>", "", "  Four. <think>no</think>"),
-    ("think", False, "<thi", "", "<thi"),
+    ("think", False, "<thin", "", "<thin"),
     ("think", False, "<think>a</think> <think>b</think>", "a", "<think>b</think>"),
     ("mistral", False, "[THINK]a[/THINK]b", "a", "b"),
     ("granite", False, "Here is my thought process: a\n\nHere is my response: b", "a", "b"),

@@ -19,6 +19,12 @@ _NAME = re.compile(r"[\w.]*")
 _CODE = re.compile(r"[^\"'()\[\]{}\\]+")
 _QUOTED = re.compile(r"[^\"'\\]+")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+_STRING = re.compile(r"[ru]?(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", re.DOTALL)
+_WORD = re.compile(r"[\w.+\-]+")
+_INTEGER = re.compile(r"[+-]?\d{1,4000}")
+_NAMES = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
+_MAX_DEPTH = 64
 _PREFIXES = ("<|python_start|>", "```tool_code", "<function_calls>")
 _SUFFIXES = ("<|python_end|>", "```", "</function_calls>")
 
@@ -79,8 +85,8 @@ class PythonicParser(ToolParser):
         closes_at = yield from self._scan_to_close()
         source = self._buffer[start:closes_at]
         try:
-            arguments = _keywords(source)
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            arguments = _Keywords(source).as_json()
+        except (ValueError, SyntaxError) as error:
             # The call is whole but unreadable: its neighbours may well be fine.
             self._end_call(f"{name}(…) cannot be read: {error}")
             return
@@ -117,33 +123,99 @@ class PythonicParser(ToolParser):
                 return self._pos - 1
 
 
-def _keywords(source: str) -> str:
-    """Keyword arguments in Python's syntax as the text of a JSON object."""
-    call = ast.parse(f"f({source})".replace("\n", " "), mode="eval").body
-    if not isinstance(call, ast.Call):
-        raise ValueError("it is no call")
-    if call.args:
-        raise ValueError("arguments need names")
-    values: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            raise ValueError("** is not allowed")
-        values[keyword.arg] = _literal(keyword.value)
-    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+class _Keywords:
+    """Reads keyword arguments whose values are literals.
 
+    Not Python's own parser: what a model writes may be nested so deep that it breaks the
+    interpreter (Python 3.11 loses count of its recursion).
+    """
 
-def _literal(node: ast.expr) -> Any:
-    """The value of a literal; JSON's true, false and null are taken as well."""
-    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
-        return _JSON_NAMES[node.id]
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        keys = [None if key is None else _literal(key) for key in node.keys]
-        if not all(isinstance(key, str | int | float) for key in keys):
-            raise ValueError("a dict has a key that JSON cannot have")
-        return dict(zip(keys, map(_literal, node.values), strict=True))
-    return ast.literal_eval(node)
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._pos = 0
 
+    def as_json(self) -> str:
+        """The text of a JSON object.
 
-_JSON_NAMES = {"true": True, "false": False, "null": None}
+        Raises:
+            ValueError: The source is something else.
+        """
+        values: dict[str, Any] = {}
+        while not self._at_end():
+            name = self._take(_IDENTIFIER)
+            if not name:
+                raise ValueError("arguments need names")
+            self._expect("=")
+            values[name] = self._value(0)
+            if not self._at_end():
+                self._expect(",")
+        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+    def _value(self, depth: int) -> Any:
+        if depth > _MAX_DEPTH:
+            raise ValueError("the arguments are nested too deep")
+        if self._takes("["):
+            return self._items("]", depth)
+        if self._takes("("):
+            return self._items(")", depth)
+        if self._takes("{"):
+            return self._pairs(depth)
+        text = self._take(_STRING)
+        if text:
+            # Models break lines inside of strings, which Python does not allow.
+            return ast.literal_eval(text.replace("\n", "\\n"))
+        text = self._take(_WORD)
+        if text in _NAMES:
+            return _NAMES[text]
+        if _INTEGER.fullmatch(text):
+            return int(text)
+        return float(text)
+
+    def _items(self, closer: str, depth: int) -> list[Any]:
+        values: list[Any] = []
+        while not self._takes(closer):
+            values.append(self._value(depth + 1))
+            if not self._takes(","):
+                self._expect(closer)
+                break
+        return values
+
+    def _pairs(self, depth: int) -> dict[Any, Any]:
+        values: dict[Any, Any] = {}
+        while not self._takes("}"):
+            key = self._value(depth + 1)
+            if not isinstance(key, str | int | float):
+                raise ValueError("a dict has a key that JSON cannot have")
+            self._expect(":")
+            values[key] = self._value(depth + 1)
+            if not self._takes(","):
+                self._expect("}")
+                break
+        return values
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        self._skip_space()
+        match = pattern.match(self._source, self._pos)
+        if match is None:
+            return ""
+        self._pos = match.end()
+        return match.group()
+
+    def _takes(self, text: str) -> bool:
+        self._skip_space()
+        is_there = self._source.startswith(text, self._pos)
+        self._pos += len(text) if is_there else 0
+        return is_there
+
+    def _expect(self, text: str) -> None:
+        if not self._takes(text):
+            msg = f"{text!r} is missing"
+            raise ValueError(msg)
+
+    def _at_end(self) -> bool:
+        self._skip_space()
+        return self._pos >= len(self._source)
+
+    def _skip_space(self) -> None:
+        while self._source[self._pos : self._pos + 1].isspace():
+            self._pos += 1
