@@ -30,9 +30,27 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.handle import RequestHandle
     from engine.llm import LLM
+    from engine.text.answer_format import AnswerFormat, check_parser_names
+    from engine.text.answer_pieces import (
+        CallEnd,
+        CallPiece,
+        ParsedAnswer,
+        Piece,
+        ReasoningPiece,
+        TextPiece,
+        ToolCall,
+        assemble,
+    )
+    from engine.text.call_syntax import CallSyntax
+    from engine.text.reasoning import AnswerReader
 
 __all__ = [
     "LLM",
+    "AnswerFormat",
+    "AnswerReader",
+    "CallEnd",
+    "CallPiece",
+    "CallSyntax",
     "CapacityError",
     "CheckpointError",
     "CompletionOutput",
@@ -48,6 +66,9 @@ __all__ = [
     "EngineStats",
     "Logprob",
     "ModelNotFoundError",
+    "ParsedAnswer",
+    "Piece",
+    "ReasoningPiece",
     "RequestError",
     "RequestHandle",
     "RequestMetrics",
@@ -55,13 +76,33 @@ __all__ = [
     "RequestTimeoutError",
     "SamplingParams",
     "StepError",
+    "TextPiece",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
+    "assemble",
+    "check_parser_names",
     "nearest_name_hint",
 ]
 
-_LAZY = {"Engine": "engine.engine", "LLM": "engine.llm", "RequestHandle": "engine.handle"}
-"""Names whose modules load torch; importing the package stays cheap."""
+_LAZY = {
+    "Engine": "engine.engine",
+    "LLM": "engine.llm",
+    "RequestHandle": "engine.handle",
+    "AnswerFormat": "engine.text.answer_format",
+    "check_parser_names": "engine.text.answer_format",
+    "AnswerReader": "engine.text.reasoning",
+    "CallSyntax": "engine.text.call_syntax",
+    "CallEnd": "engine.text.answer_pieces",
+    "CallPiece": "engine.text.answer_pieces",
+    "ParsedAnswer": "engine.text.answer_pieces",
+    "Piece": "engine.text.answer_pieces",
+    "ReasoningPiece": "engine.text.answer_pieces",
+    "TextPiece": "engine.text.answer_pieces",
+    "ToolCall": "engine.text.answer_pieces",
+    "assemble": "engine.text.answer_pieces",
+}
+"""Names whose modules load torch or jinja2; importing the package stays cheap."""
 
 
 def __getattr__(name: str) -> Any:

@@ -21,11 +21,13 @@ class ModelText:
         tokenizer: None for a dummy model without one: prompts and outputs are then token ids.
         chat_template: None where the model brings none.
         eos_token_ids: Ids that end an answer: those the model's files name and the tokenizer's.
+        model_type: As in the model's config.json; None where it names none.
     """
 
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     eos_token_ids: tuple[int, ...]
+    model_type: str | None = None
 
 
 def load_model_text(config: EngineConfig, files: ModelFiles) -> ModelText:
@@ -40,7 +42,10 @@ def load_model_text(config: EngineConfig, files: ModelFiles) -> ModelText:
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
     return ModelText(
-        tokenizer, _load_chat_template(config, tokenizer), tuple(sorted(eos_token_ids))
+        tokenizer,
+        _load_chat_template(config, tokenizer),
+        tuple(sorted(eos_token_ids)),
+        files.config.get("model_type"),
     )
 
 

@@ -3,6 +3,9 @@
 A token is a character. The answer to a prompt is its text reversed, one token a step, so that every
 test can say what it expects; "_" is a token without text. A thread runs the steps; `step_s` slows
 them down, `gate` stops them. Prompts that say REFUSE are refused at submit, FAIL fails later.
+
+`answer_with` makes it answer otherwise, and `template` is the source whose marks decide how answers
+are read.
 """
 
 import asyncio
@@ -25,10 +28,11 @@ from engine import (
     Usage,
 )
 from engine.handle import RequestHandle, wake_loops
+from engine.text.answer_format import AnswerFormat
 
 
 class FakeRequest:
-    def __init__(self, request_id, prompt, ids, params, submit_options):
+    def __init__(self, request_id, prompt, ids, params, submit_options, answer_with):
         self.request_id = request_id
         self.prompt = prompt
         self.ids = ids
@@ -38,7 +42,8 @@ class FakeRequest:
         self.error = None
         if "FAIL" in text:
             self.error = RequestError("The prompt says FAIL.")
-        self.answer = text[::-1]
+        self.answer = text[::-1] if answer_with is None else answer_with(text)
+        self.is_scripted = answer_with is not None
         self.position = 0
         self.is_aborted = False
         self.metrics = RequestMetrics(arrival_s=time.monotonic())
@@ -50,7 +55,9 @@ class FakeRequest:
         """Grow by one character; the new text."""
         if self.metrics.first_token_s is None:
             self.metrics.first_scheduled_s = self.metrics.first_token_s = time.monotonic()
-        new = self.answer[self.position : self.position + 1].replace("_", "")
+        new = self.answer[self.position : self.position + 1]
+        if not self.is_scripted:
+            new = new.replace("_", "")
         self.position += 1
         self.text += new
         for stop in self.params.stop or ():
@@ -69,7 +76,28 @@ class FakeRequest:
 class FakeEngine:
     """The part of `Engine` that connectors use."""
 
-    def __init__(self, model="fake-model", *, step_s=0.0, max_model_len=10_000, **options):
+    def __init__(
+        self,
+        model="fake-model",
+        *,
+        step_s=0.0,
+        max_model_len=10_000,
+        template="",
+        shows_tools=True,
+        special_tokens=(),
+        **options,
+    ):
+        self.template = SimpleNamespace(
+            all_sources=template,
+            supports_tools=shows_tools,
+            supports_system_role=True,
+            variables=frozenset(
+                name for name in ("enable_thinking", "reasoning_effort") if name in template
+            ),
+        )
+        self.tokenizer = SimpleNamespace(special_tokens=special_tokens)
+        self.resolved_config = SimpleNamespace(block_size=16, enable_prefix_caching=True)
+        self.answer_with = None
         self.config = EngineConfig.from_kwargs(model=model, **options)
         self.model_name = model
         self.max_model_len = max_model_len
@@ -116,6 +144,11 @@ class FakeEngine:
         )
         return [ord(one) for message in messages for one in message["content"]]
 
+    def answer_format(self, chat_template=None, tool_parser="auto", reasoning_parser="auto"):
+        return AnswerFormat(
+            self.template, tool_parser=tool_parser, reasoning_parser=reasoning_parser
+        )
+
     def apply_chat_template_batch(self, conversations, **options):
         return [self.apply_chat_template(messages, **options) for messages in conversations]
 
@@ -135,10 +168,12 @@ class FakeEngine:
         for prompt in prompts:
             ids = [ord(one) for one in prompt] if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else None
-            request = FakeRequest(f"fake-{next(self._ids)}", text, ids, params, submit_options)
+            request = FakeRequest(
+                f"fake-{next(self._ids)}", text, ids, params, submit_options, self.answer_with
+            )
             if len(ids) > self.max_model_len:
                 raise ContextOverflowError(f"{len(ids)} tokens > {self.max_model_len}.")
-            if "REFUSE" in request.answer[::-1]:
+            if "REFUSE" in "".join(map(chr, ids)):
                 raise RequestError("The prompt says REFUSE.")
             pairs.append((request, RequestHandle(request, self._abort, lambda request: None)))
         with self._condition:

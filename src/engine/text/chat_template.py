@@ -52,6 +52,11 @@ class ChatTemplate:
             names |= _variables(source)
         return frozenset(names - _OWN_VARIABLES)
 
+    @property
+    def all_sources(self) -> str:
+        """The Jinja sources, one after the other: what a template's marks are looked for in."""
+        return "\n".join(self._sources.values())
+
     @functools.cached_property
     def supports_tools(self) -> bool:
         """Whether tools passed to `render` show in the prompt."""

@@ -2,6 +2,8 @@
 
 - `ChatLocal`: a chat model.
 - `LocalLLM`: text completion with raw prompts.
+- `register_model`, `unregister_model`: models that a call may choose by name.
+- `register`: lets LangChain's `init_chat_model` make a `ChatLocal`.
 - `errors`: classes that are both the engine's and LangChain's.
 """
 
@@ -10,11 +12,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llm_connectors._aliases import register_model, unregister_model
+from llm_connectors.langchain._registration import register
+
 if TYPE_CHECKING:
     from llm_connectors.langchain.chat_models import ChatLocal
     from llm_connectors.langchain.llms import LocalLLM
 
-__all__ = ["ChatLocal", "LocalLLM"]
+__all__ = ["ChatLocal", "LocalLLM", "register", "register_model", "unregister_model"]
 
 _LAZY = {
     "ChatLocal": "llm_connectors.langchain.chat_models",

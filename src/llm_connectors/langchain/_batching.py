@@ -50,6 +50,10 @@ class Run(ABC, Generic[ResultT]):
             EngineError: An input cannot be rendered.
         """
 
+    def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
+        """Options as `engine` is to be given them, the same for all runs of a call."""
+        return options
+
     @abstractmethod
     def result(self, output: RequestOutput) -> ResultT:
         """The engine's output as a result, put into the cache."""
@@ -65,7 +69,7 @@ class Run(ABC, Generic[ResultT]):
 
 def serve_runs(
     runs: Sequence[Run[ResultT]],
-    get_engine: Callable[[], Engine],
+    get_engine: Callable[[CallOptions], Engine],
     get_options: Callable[[], CallOptions],
     *,
     max_in_flight: int | None = None,
@@ -112,7 +116,7 @@ def serve_runs(
 
 def _outcomes(
     runs: Sequence[Run[ResultT]],
-    get_engine: Callable[[], Engine],
+    get_engine: Callable[[CallOptions], Engine],
     get_options: Callable[[], CallOptions],
     *,
     max_in_flight: int | None,
@@ -129,7 +133,9 @@ def _outcomes(
         return
     try:
         with LANGCHAIN_ERRORS.converting():
-            options, engine = get_options(), get_engine()
+            options = get_options()
+            engine = get_engine(options)
+            options = runs[0].options_for(engine, options)
     except EngineError as error:
         yield from ((index, error) for index in missing)
         return

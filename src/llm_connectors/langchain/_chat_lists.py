@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -17,6 +16,7 @@ from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from engine import EngineError, RequestOutput
+from llm_connectors._answer_plan import AnswerPlan
 from llm_connectors.langchain._batching import aserve, serve_runs
 from llm_connectors.langchain._chat_runs import ChatListCall, ChatRun
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
@@ -33,18 +33,13 @@ class ChatLists(LocalModelFields, BaseChatModel):
     reach the engine together.
     """
 
-    @abstractmethod
-    def _render_batch(
-        self,
-        engine: Engine,
-        conversations: Sequence[Sequence[BaseMessage]],
-        options: CallOptions,
-    ) -> list[list[int]]:
-        """Token ids of conversations, ready to submit.
+    def _plan(self, engine: Engine, options: CallOptions) -> AnswerPlan:
+        """How the prompts of a call are made and its answers read, by this engine.
 
         Raises:
-            RequestError: The messages or the template cannot be used.
+            RequestError: The model cannot do what the call asks for.
         """
+        return AnswerPlan(engine, options.answer, options.params)
 
     @override
     def generate(
@@ -179,7 +174,9 @@ class ChatLists(LocalModelFields, BaseChatModel):
         indices = list(conversations)
         try:
             with LANGCHAIN_ERRORS.converting():
-                options, engine = call.options, await self._aengine()
+                options = call.options
+                engine = await self._aengine(options)
+                options = runs[0].options_for(engine, options)
         except EngineError as error:
             if not return_exceptions:
                 raise
@@ -259,7 +256,8 @@ class ChatLists(LocalModelFields, BaseChatModel):
         usages = [output["token_usage"] for output in llm_outputs if output]
         names = {name for usage in usages for name in usage}
         total = {name: sum(usage[name] for usage in usages) for name in sorted(names)}
-        return {"token_usage": total, "model_name": self.model}
+        models = [output["model_name"] for output in llm_outputs if output]
+        return {"token_usage": total, "model_name": models[0] if models else self.model}
 
 
 def _as_ours(error: Exception) -> Exception:

@@ -7,6 +7,7 @@ its answer is there. Names and order of the callbacks are those of `BaseChatMode
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,8 +23,11 @@ from langchain_core.utils.uuid import uuid7
 from typing_extensions import override
 
 from engine import RequestOutput
+from llm_connectors._answer_plan import AnswerPlan
 from llm_connectors.langchain._batching import Prompt, Run
+from llm_connectors.langchain._fields import CallOptions
 from llm_connectors.langchain._list_call import ListCall
+from llm_connectors.langchain._messages import to_conversation
 from llm_connectors.langchain._outputs import chat_result
 
 if TYPE_CHECKING:
@@ -35,6 +39,18 @@ class ChatListCall(ListCall):
     """What the runs of one list call of a chat model share."""
 
     model: ChatLists
+    plan: AnswerPlan | None = None
+    """How prompts are made and answers read; known once the engine is."""
+
+    def plan_for(self, engine: Engine) -> AnswerPlan:
+        """The plan of this call, made once.
+
+        Raises:
+            RequestError: The model cannot do what the call asks for.
+        """
+        if self.plan is None:
+            self.plan = self.model._plan(engine, self.options)
+        return self.plan
 
     @cached_property
     @override
@@ -160,14 +176,19 @@ class ChatRun(Run[ChatResult]):
     @classmethod
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
-        call = runs[0]._call
-        conversations = [run._messages for run in runs]
-        return list(call.model._render_batch(engine, conversations, call.options))
+        plan = runs[0]._call.plan_for(engine)
+        return list(plan.encode([to_conversation(run._messages) for run in runs]))
+
+    @override
+    def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
+        return dataclasses.replace(options, params=self._call.plan_for(engine).params)
 
     @override
     def result(self, output: RequestOutput) -> ChatResult:
         model = self._call.model
-        result = chat_result(output, model.model, self._call.options.params)
+        plan = self._call.plan
+        assert plan is not None, "the prompts were made with it"
+        result = chat_result(output, self._call.options.model, plan)
         for index, generation in enumerate(result.generations):
             message = generation.message
             message.id = f"{LC_ID_PREFIX}-{self.run_manager.run_id}-{index}"

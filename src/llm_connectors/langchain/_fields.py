@@ -10,6 +10,8 @@ from langchain_core.language_models import LangSmithParams
 from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from engine import RequestError, SamplingParams
+from llm_connectors._aliases import registered_lease
+from llm_connectors._answer_plan import AnswerOptions
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
@@ -34,16 +36,6 @@ MAX_INLINE_CHARS = 8192
 """Longest prompt an async call tokenizes in the event loop's thread: about 2 ms, cheaper
 than a hop to a worker thread beside a busy engine. Longer ones go to a worker thread."""
 
-_TOOL_NAMES = (
-    "tools",
-    "tool_choice",
-    "functions",
-    "function_call",
-    "parallel_tool_calls",
-    "response_format",
-    "strict",
-)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CallOptions:
@@ -54,12 +46,18 @@ class CallOptions:
         timeout: Seconds from submit until the request is aborted.
         submit: Further keywords of `Engine.submit`.
         own: The class's own options of the call (see `_own_call_names`), fields filled in.
+        model: Name of the model that answers, as told in metadata.
+        lease: Access to its engine.
+        answer: How a chat model's prompts are made and its answers read.
     """
 
     params: SamplingParams
     timeout: float | None
     submit: dict[str, Any]
     own: dict[str, Any]
+    model: str
+    lease: EngineLease
+    answer: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
 
 
 class LocalModelFields(SamplingFields):
@@ -178,12 +176,17 @@ class LocalModelFields(SamplingFields):
         """
         self._lease.close(drain=drain, timeout=timeout)
 
-    def _engine(self) -> Engine:
+    def _engine(self, options: CallOptions | None = None) -> Engine:
+        """The engine of this object, or the one a call chose."""
+        if options is not None and options.lease is not self._lease:
+            return options.lease.get()
         engine = self._lease.get()
         self._on_engine(engine)
         return engine
 
-    async def _aengine(self) -> Engine:
+    async def _aengine(self, options: CallOptions | None = None) -> Engine:
+        if options is not None and options.lease is not self._lease:
+            return await options.lease.aget()
         engine = await self._lease.aget()
         self._on_engine(engine)
         return engine
@@ -199,8 +202,7 @@ class LocalModelFields(SamplingFields):
         """Check the keywords of a call and put them over the fields.
 
         Raises:
-            RequestError: A name is unknown, a value is bad, another model is asked for, or tools
-                are passed, which this version cannot serve.
+            RequestError: A name is unknown, a value is bad, or an unknown model is asked for.
         """
         given = {**kwargs, **own_overrides}
         own = {name: given.pop(name, getattr(self, name)) for name in self._own_call_names}
@@ -210,23 +212,33 @@ class LocalModelFields(SamplingFields):
             "cache_salt": given.pop("cache_salt", self.cache_salt),
         }
         given.pop("stream", None)  # read by LangChain, which then calls `_stream` or not
-        self._check_model(given)
-        _refuse_tools(given)
+        model, lease = self._chosen_model(given)
         valid_names = (*SAMPLING_NAMES, *_ALIASES, *self._own_call_names)
         check_names(given, (*valid_names, "timeout", "priority", "cache_salt"), "call option")
         if stop:
             given["stop"] = merge_stop(stop, given.get("stop"))
-        return CallOptions(self._sampling_params(given), timeout, submit, own)
+        return CallOptions(self._sampling_params(given), timeout, submit, own, model, lease)
 
-    def _check_model(self, given: dict[str, Any]) -> None:
+    def _chosen_model(self, given: dict[str, Any]) -> tuple[str, EngineLease]:
+        """The model a call asks for, taken out of its options: this object's or a registered one.
+
+        Raises:
+            RequestError: It is neither.
+        """
+        model, lease = self.model, self._lease
         for name in ("model", "model_name"):
             asked = given.pop(name, None)
-            if asked is not None and asked != self.model:
+            if asked is None or asked == self.model:
+                continue
+            registered = registered_lease(asked) if isinstance(asked, str) else None
+            if registered is None:
                 msg = (
-                    f"{name}={asked!r} cannot be chosen per call: this object runs {self.model!r}."
-                    f" Make another {type(self).__name__}, or use configurable_alternatives."
+                    f"{name}={asked!r} is not registered, and this object runs {self.model!r}. "
+                    f"Call register_model first, or make another {type(self).__name__}."
                 )
                 raise RequestError(msg)
+            model, lease = asked, registered
+        return model, lease
 
     def _sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """The parameters of a call. Those of a call without options are made once, then reused."""
@@ -256,6 +268,7 @@ class LocalModelFields(SamplingFields):
     ) -> LangSmithParams:
         """Complete LangSmith parameters: our provider's name and all stop strings."""
         params["ls_provider"] = PROVIDER
+        params["ls_model_name"] = kwargs.get("model") or kwargs.get("model_name") or self.model
         all_stops = merge_stop(self.stop, kwargs.get("stop"), stop)
         if all_stops:
             params["ls_stop"] = list(all_stops)
@@ -265,13 +278,3 @@ class LocalModelFields(SamplingFields):
     def is_lc_serializable(cls) -> bool:
         """False: LangChain's loader admits classes of its own packages only."""
         return False
-
-
-def _refuse_tools(given: dict[str, Any]) -> None:
-    for name in _TOOL_NAMES:
-        if given.pop(name, None):
-            msg = (
-                f"{name}=… asks for tool calling or structured output, which this version does "
-                "not have yet. Describe the tools or the format in the prompt and parse the answer."
-            )
-            raise RequestError(msg)

@@ -18,7 +18,7 @@ from engine import RequestError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING_TYPES = ("reasoning", "thinking")
-_TOOL_CALL_TYPES = ("tool_call", "tool_use")
+_TOOL_CALL_TYPES = ("tool_call", "tool_use", "tool_call_chunk", "invalid_tool_call")
 
 
 def to_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -29,13 +29,30 @@ def to_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     reasoning blocks become `reasoning_content`.
 
     Raises:
-        RequestError: There is no message, a role is unknown, or a content block is no text. The
-            message's index and the block's type are named; nothing is dropped in silence.
+        RequestError: There is no message, a role is unknown, a content block is no text, or a tool
+            result answers no call. The message's index and the block's type are named; nothing is
+            dropped in silence.
     """
     if not messages:
         msg = "The conversation is empty. Pass at least one message."
         raise RequestError(msg)
+    _check_results(messages)
     return [_to_dict(message, index) for index, message in enumerate(messages)]
+
+
+def _check_results(messages: Sequence[BaseMessage]) -> None:
+    """Every tool result must answer a call that an earlier message made."""
+    call_ids: set[str | None] = set()
+    for index, message in enumerate(messages):
+        if isinstance(message, AIMessage):
+            call_ids.update(call["id"] for call in message.tool_calls)
+            call_ids.update(call["id"] for call in message.invalid_tool_calls)
+        elif isinstance(message, ToolMessage) and message.tool_call_id not in call_ids:
+            msg = (
+                f"Message {index} is the result of tool call {message.tool_call_id!r}, which no "
+                "earlier message makes. Keep the AIMessage with the call, or drop its result."
+            )
+            raise RequestError(msg)
 
 
 def _to_dict(message: BaseMessage, index: int) -> dict[str, Any]:
@@ -47,14 +64,16 @@ def _to_dict(message: BaseMessage, index: int) -> dict[str, Any]:
     if isinstance(message, ToolMessage):
         rendered["tool_call_id"] = message.tool_call_id
     if isinstance(message, AIMessage):
-        if message.tool_calls:
+        # Calls that could not be read stay in sight, so that the model can do better.
+        calls = [*message.tool_calls, *message.invalid_tool_calls]
+        if calls:
             rendered["tool_calls"] = [
                 {
                     "type": "function",
                     "id": call["id"],
-                    "function": {"name": call["name"], "arguments": call["args"]},
+                    "function": {"name": call["name"] or "", "arguments": call["args"] or {}},
                 }
-                for call in message.tool_calls
+                for call in calls
             ]
         reasoning = reasoning or message.additional_kwargs.get("reasoning_content") or ""
         if reasoning:
@@ -93,7 +112,9 @@ def _split_content(message: BaseMessage, index: int) -> tuple[str, str]:
     texts: list[str] = []
     reasoning: list[str] = []
     is_answer = isinstance(message, AIMessage)
-    has_tool_calls = isinstance(message, AIMessage) and bool(message.tool_calls)
+    has_tool_calls = isinstance(message, AIMessage) and bool(
+        message.tool_calls or message.invalid_tool_calls
+    )
     for block in message.content:
         kind = "text" if isinstance(block, str) else block.get("type")
         if isinstance(block, str):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import (
+    InputTokenDetails,
+    OutputTokenDetails,
+    UsageMetadata,
+)
 from langchain_core.outputs import (
     ChatGeneration,
     ChatGenerationChunk,
@@ -22,19 +26,42 @@ from engine import (
     RequestOutput,
     SamplingParams,
     Usage,
+    assemble,
 )
+from llm_connectors._answer_plan import AnswerPlan
+from llm_connectors.langchain._tool_calls import split_calls
 
 PROVIDER = "llm-connectors"
 """`model_provider` of answers and `ls_provider` of traces; LangChain compares the two."""
 
 
-def usage_metadata(usage: Usage) -> UsageMetadata:
-    """LangChain's token counts; `cache_read` are prompt tokens taken from the prefix cache."""
+def usage_metadata(
+    usage: Usage, block_size: int | None, reasoning_tokens: int = 0
+) -> UsageMetadata:
+    """LangChain's token counts.
+
+    `cache_read` are prompt tokens taken from the prefix cache, `cache_creation` those put into it:
+    whole blocks.
+
+    Args:
+        usage: The engine's counts.
+        block_size: Tokens per block of the prefix cache; None where it is off.
+        reasoning_tokens: Tokens of the reasoning, which are output tokens too.
+    """
+    created = 0
+    if block_size is not None:
+        cached_end = usage.prompt_tokens // block_size * block_size
+        created = max(0, cached_end - usage.cached_tokens)
     return UsageMetadata(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+        input_token_details=InputTokenDetails(
+            cache_read=usage.cached_tokens, cache_creation=created
+        ),
+        output_token_details=OutputTokenDetails(
+            reasoning=min(reasoning_tokens, usage.completion_tokens)
+        ),
     )
 
 
@@ -48,22 +75,49 @@ def token_usage(*usages: Usage) -> dict[str, int]:
     }
 
 
-def chat_result(output: RequestOutput, model_name: str, params: SamplingParams) -> ChatResult:
+def chat_result(output: RequestOutput, model_name: str, plan: AnswerPlan) -> ChatResult:
     """A finished request as a chat result with one generation per answer.
 
     The usage of the whole request stands on the first generation alone, so that sums over
     generations are right; `invoke` returns that one.
+
+    Args:
+        output: What the engine gave back.
+        model_name: As told in the metadata.
+        plan: How the answers are read.
     """
-    generations = []
+    params = plan.params
+    messages: list[AIMessage] = []
+    reasoning_tokens = 0
     for answer in output.outputs:
         metadata = _answer_metadata(answer, model_name) | _request_metadata(output, params)
-        metadata |= _logprobs(answer, params)
-        message = AIMessage(
-            content=answer.text,
-            response_metadata=metadata,
-            usage_metadata=usage_metadata(output.usage) if answer.index == 0 else None,
+        metadata |= logprobs_info(answer, params)
+        stream = plan.stream(output.prompt_token_ids)
+        if stream is None:
+            messages.append(AIMessage(content=answer.text, response_metadata=metadata))
+            continue
+        is_complete = answer.finish_reason == "stop"
+        parsed = assemble([*stream.feed(answer.text), *stream.finish(is_complete=is_complete)])
+        calls, broken = split_calls(parsed.calls)
+        metadata["finish_reason"] = finish_reason(answer.finish_reason, has_calls=bool(calls))
+        reasoning_tokens += plan.count_tokens(parsed.reasoning)
+        thoughts = {"reasoning_content": parsed.reasoning} if parsed.reasoning else {}
+        messages.append(
+            AIMessage(
+                content=parsed.text,
+                additional_kwargs=thoughts,
+                response_metadata=metadata,
+                tool_calls=calls,
+                invalid_tool_calls=broken,
+            )
         )
-        generations.append(ChatGeneration(message=message, generation_info=dict(metadata)))
+    messages[0].usage_metadata = usage_metadata(
+        output.usage, plan.cached_block_size, reasoning_tokens
+    )
+    generations = [
+        ChatGeneration(message=message, generation_info=dict(message.response_metadata))
+        for message in messages
+    ]
     return ChatResult(
         generations=generations,
         llm_output={"token_usage": token_usage(output.usage), "model_name": model_name},
@@ -77,7 +131,7 @@ def text_generations(
     generations = []
     for answer in output.outputs:
         info = _answer_metadata(answer, model_name) | _request_metadata(output, params)
-        info |= _logprobs(answer, params)
+        info |= logprobs_info(answer, params)
         if answer.index == 0:
             info["usage"] = token_usage(output.usage)
         generations.append(Generation(text=answer.text, generation_info=info))
@@ -89,29 +143,28 @@ def chat_chunk(
     output: RequestOutput | None,
     model_name: str,
     params: SamplingParams,
-    *,
-    with_usage: bool,
+    usage: UsageMetadata | None,
 ) -> ChatGenerationChunk:
-    """A delta as a chat chunk.
+    """A delta of plain text as a chat chunk.
 
     Args:
         delta: What is new.
         output: The finished request, with its last delta: that chunk also has the metadata.
         model_name: As told in the metadata.
         params: What was asked for.
-        with_usage: Put the token counts on the last chunk.
+        usage: Token counts to put on the last chunk.
     """
     if output is None:
         return ChatGenerationChunk(
             message=AIMessageChunk(content=delta.text),
-            generation_info=_logprobs(delta, params) or None,
+            generation_info=logprobs_info(delta, params) or None,
         )
     message = AIMessageChunk(
         content=delta.text,
-        usage_metadata=usage_metadata(output.usage) if with_usage else None,
+        usage_metadata=usage,
         chunk_position="last",
     )
-    info = _last_chunk_info(delta, output, model_name, params)
+    info = last_chunk_info(delta, output, model_name, params)
     return ChatGenerationChunk(message=message, generation_info=info)
 
 
@@ -120,20 +173,26 @@ def text_chunk(
 ) -> GenerationChunk:
     """A delta as a plain text chunk; arguments as in `chat_chunk`."""
     if output is None:
-        info = _logprobs(delta, params)
+        info = logprobs_info(delta, params)
     else:
-        info = _last_chunk_info(delta, output, model_name, params)
+        info = last_chunk_info(delta, output, model_name, params)
         info["usage"] = token_usage(output.usage)
     return GenerationChunk(text=delta.text, generation_info=info or None)
 
 
-def _last_chunk_info(
+def finish_reason(reason: str | None, *, has_calls: bool) -> str | None:
+    """The engine's reason, or "tool_calls" where the answer ended with calls, as OpenAI's API."""
+    return "tool_calls" if has_calls and reason == "stop" else reason
+
+
+def last_chunk_info(
     delta: Delta, output: RequestOutput, model_name: str, params: SamplingParams
 ) -> dict[str, Any]:
+    """The metadata of a stream's end."""
     return (
         _answer_metadata(delta, model_name)
         | _request_metadata(output, params)
-        | _logprobs(delta, params)
+        | logprobs_info(delta, params)
     )
 
 
@@ -172,7 +231,7 @@ def _timings(metrics: RequestMetrics, completion_tokens: int) -> dict[str, float
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _logprobs(answer: CompletionOutput | Delta, params: SamplingParams) -> dict[str, Any]:
+def logprobs_info(answer: CompletionOutput | Delta, params: SamplingParams) -> dict[str, Any]:
     """The answer's log probabilities in the shape of OpenAI's `logprobs`, when asked for."""
     if answer.logprobs is None or params.logprobs is None:
         return {}

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Generator,
-    Iterator,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -22,27 +14,25 @@ from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import BaseModel, Field
+from pydantic import Field, model_validator
 from typing_extensions import override
 
-from engine import Delta, RequestError, RequestOutput
-from llm_connectors.langchain._chat_lists import ChatLists
+from engine import check_parser_names
 from llm_connectors.langchain._chat_runs import ChatListCall
-from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions
+from llm_connectors.langchain._chat_tools import ChatTools
 from llm_connectors.langchain._messages import to_conversation
-from llm_connectors.langchain._outputs import chat_chunk, chat_result
-from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
+from llm_connectors.langchain._outputs import chat_result
+from llm_connectors.langchain._tools import openai_tools
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
 if TYPE_CHECKING:
     from engine import Engine
 
 
-class ChatLocal(ChatLists):
+class ChatLocal(ChatTools):
     """A chat model that runs in this process, with every way of calling it served natively.
 
     Making one loads nothing: the model is loaded at the first call, or by `load`, and shared by
@@ -54,8 +44,10 @@ class ChatLocal(ChatLists):
         async for chunk in chat.astream("Tell me a story"): ...
 
     All sampling options are fields, keywords of every call, and work with `bind` and
-    `configurable_fields`. Unknown names raise. Tool calling and structured output are not there
-    yet and say so.
+    `configurable_fields`. Unknown names raise.
+
+        chat.bind_tools([get_weather]).invoke("Weather in Oslo?").tool_calls
+        chat.with_structured_output(Person).batch(documents)
 
     Raises:
         pydantic.ValidationError: A name is unknown or a value is bad.
@@ -67,6 +59,18 @@ class ChatLocal(ChatLists):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the template, such as `enable_thinking`, and `continue_final_message`."""
 
+    tool_parser: str = "auto"
+    """How tool calls are written: "hermes", "llama3_json", "pythonic", "mistral", "granite",
+    "phi4", "gemma", "harmony", "deepseek", "qwen_xml" or "json"; "auto" asks the template."""
+
+    reasoning: bool | str | None = None
+    """Think before the answer: True or False, an effort ("low", "medium", "high") where the model
+    takes one, None for the template's default. What was thought is in `reasoning_content`."""
+
+    reasoning_parser: str = "auto"
+    """How reasoning is marked: "think", "mistral", "granite", "gemma", "harmony" or "none", which
+    leaves it in the text; "auto" asks the template."""
+
     stream_usage: bool = True
     """Put the token counts on a stream's last chunk."""
 
@@ -74,7 +78,15 @@ class ChatLocal(ChatLists):
         "chat_template",
         "chat_template_kwargs",
         "stream_usage",
+        "tool_parser",
+        "reasoning",
+        "reasoning_parser",
     )
+
+    @model_validator(mode="after")
+    def _check_parsers(self) -> Self:
+        check_parser_names(self.tool_parser, self.reasoning_parser)
+        return self
 
     @property
     def _llm_type(self) -> str:
@@ -82,11 +94,17 @@ class ChatLocal(ChatLists):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        template = {
-            "chat_template": self.chat_template,
-            "chat_template_kwargs": self.chat_template_kwargs,
+        own = {
+            name: getattr(self, name)
+            for name in (
+                "chat_template",
+                "chat_template_kwargs",
+                "tool_parser",
+                "reasoning",
+                "reasoning_parser",
+            )
         }
-        return {**super()._identifying_params, **template}
+        return {**super()._identifying_params, **own}
 
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -115,7 +133,7 @@ class ChatLocal(ChatLists):
             return super().invoke(input, config, stop=stop, **kwargs)
         messages = self._convert_input(input).to_messages()
         with LANGCHAIN_ERRORS.converting():
-            output = self._answer(messages, call.options)
+            output, call.plan = self._answer(messages, call.options)
         return call.start(0, messages).answer(output)
 
     @override
@@ -134,7 +152,7 @@ class ChatLocal(ChatLists):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
         messages = self._convert_input(input).to_messages()
         with LANGCHAIN_ERRORS.converting():
-            output = await self._aanswer(messages, call.options)
+            output, call.plan = await self._aanswer(messages, call.options)
         return call.start(0, messages).answer(output)
 
     @override
@@ -200,7 +218,8 @@ class ChatLocal(ChatLists):
     ) -> ChatResult:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            return chat_result(self._answer(messages, options), self.model, options.params)
+            output, plan = self._answer(messages, options)
+            return chat_result(output, options.model, plan)
 
     @override
     async def _agenerate(
@@ -212,61 +231,8 @@ class ChatLocal(ChatLists):
     ) -> ChatResult:
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            output = await self._aanswer(messages, options)
-            return chat_result(output, self.model, options.params)
-
-    def _answer(self, messages: Sequence[BaseMessage], options: CallOptions) -> RequestOutput:
-        engine = self._engine()
-        prompt = self._render(engine, messages, options)
-        handle = engine.submit(prompt, options.params, **options.submit)
-        try:
-            return handle.result(timeout=options.timeout)
-        finally:
-            handle.abort()  # changes nothing once there is a result
-
-    async def _aanswer(
-        self, messages: Sequence[BaseMessage], options: CallOptions
-    ) -> RequestOutput:
-        engine = await self._aengine()
-        prompt = await self._arender(engine, messages, options)
-        handle = engine.submit(prompt, options.params, **options.submit)
-        return await wait(handle, options.timeout)
-
-    @override
-    def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Generator[ChatGenerationChunk]:
-        with LANGCHAIN_ERRORS.converting():
-            options = self._call_options(stop, kwargs)
-            check_can_stream(options)
-            engine = self._engine()
-            prompt = self._render(engine, messages, options)
-            handle = engine.submit(prompt, options.params, **options.submit)
-            with closing(iterate(handle, options.timeout)) as pieces:
-                for delta, output in pieces:
-                    yield self._chunk(delta, output, options)
-
-    @override
-    async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> AsyncGenerator[ChatGenerationChunk]:
-        with LANGCHAIN_ERRORS.converting():
-            options = self._call_options(stop, kwargs)
-            check_can_stream(options)
-            engine = await self._aengine()
-            prompt = await self._arender(engine, messages, options)
-            handle = engine.submit(prompt, options.params, **options.submit)
-            async with aclosing(aiterate(handle, options.timeout)) as pieces:
-                async for delta, output in pieces:
-                    yield self._chunk(delta, output, options)
+            output, plan = await self._aanswer(messages, options)
+            return chat_result(output, options.model, plan)
 
     @override
     def _streaming_disabled(self, **kwargs: Any) -> bool:
@@ -280,42 +246,7 @@ class ChatLocal(ChatLists):
             return True
         return super()._streaming_disabled(**kwargs)
 
-    def _chunk(
-        self, delta: Delta, output: RequestOutput | None, options: CallOptions
-    ) -> ChatGenerationChunk:
-        with_usage = options.own["stream_usage"]
-        return chat_chunk(delta, output, self.model, options.params, with_usage=with_usage)
-
-    # ---------------------------------------------------------------- tokens and templates
-
-    def _render(
-        self, engine: Engine, messages: Sequence[BaseMessage], options: CallOptions
-    ) -> list[int]:
-        return engine.apply_chat_template(
-            to_conversation(messages),
-            chat_template=options.own["chat_template"],
-            **options.own["chat_template_kwargs"],
-        )
-
-    @override
-    def _render_batch(
-        self,
-        engine: Engine,
-        conversations: Sequence[Sequence[BaseMessage]],
-        options: CallOptions,
-    ) -> list[list[int]]:
-        return engine.apply_chat_template_batch(
-            [to_conversation(messages) for messages in conversations],
-            chat_template=options.own["chat_template"],
-            **options.own["chat_template_kwargs"],
-        )
-
-    async def _arender(
-        self, engine: Engine, messages: Sequence[BaseMessage], options: CallOptions
-    ) -> list[int]:
-        if sum(len(message.content) for message in messages) <= MAX_INLINE_CHARS:
-            return self._render(engine, messages, options)
-        return await asyncio.to_thread(self._render, engine, messages, options)
+    # ---------------------------------------------------------------- tokens
 
     @override
     def get_token_ids(self, text: str) -> list[int]:
@@ -335,13 +266,10 @@ class ChatLocal(ChatLists):
         if not messages:
             return 0
         with LANGCHAIN_ERRORS.converting():
-            token_ids = self._engine().apply_chat_template(
-                to_conversation(messages),
-                tools=[convert_to_openai_tool(tool) for tool in tools] if tools else None,
-                chat_template=self.chat_template,
-                **self.chat_template_kwargs,
-            )
-        return len(token_ids)
+            given = {"tools": openai_tools(tools)} if tools else {}
+            options = self._call_options(None, given)
+            plan = self._plan(self._engine(options), options)
+            return len(plan.encode([to_conversation(messages)])[0])
 
     # ---------------------------------------------------------------- what the model can do
 
@@ -367,43 +295,6 @@ class ChatLocal(ChatLists):
     def _on_engine(self, engine: Engine) -> None:
         if self.profile is not None:
             self.profile.setdefault("max_input_tokens", engine.max_model_len)
-
-    @override
-    def bind_tools(
-        self,
-        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
-        *,
-        tool_choice: str | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Tool calling is not there yet.
-
-        Raises:
-            RequestError: Always, so that an agent does not run with tools nobody sees.
-        """
-        with LANGCHAIN_ERRORS.converting():
-            msg = (
-                "ChatLocal cannot call tools in this version. Describe them in the prompt and "
-                "parse the answer."
-            )
-            raise RequestError(msg)
-
-    @override
-    def with_structured_output(
-        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """Structured output is not there yet.
-
-        Raises:
-            RequestError: Always, because an answer that was not held to the schema must not pass
-                for one that was.
-        """
-        with LANGCHAIN_ERRORS.converting():
-            msg = (
-                "ChatLocal cannot enforce a schema in this version. Ask for the format in the "
-                "prompt and use an output parser, for instance `chat | PydanticOutputParser(…)`."
-            )
-            raise RequestError(msg)
 
 
 def _plain_chunk(chunk: ChatGenerationChunk, message_id: str) -> AIMessageChunk:

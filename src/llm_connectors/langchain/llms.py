@@ -93,7 +93,7 @@ class LocalLLM(LocalModelFields, BaseLLM):
             return _merged(list(self._stream(prompts[0], stop, run_manager, **kwargs)))
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            engine = self._engine()
+            engine = self._engine(options)
             outputs: list[RequestOutput] = []
             served = serve(
                 engine, lambda indices: [prompts[one] for one in indices], len(prompts), options
@@ -118,7 +118,7 @@ class LocalLLM(LocalModelFields, BaseLLM):
             return _merged([chunk async for chunk in stream])
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
-            engine = await self._aengine()
+            engine = await self._aengine(options)
             encoded = await self._aencode(engine, prompts, options)
             handles = engine.submit_many(encoded, options.params, **options.submit)
             try:
@@ -139,11 +139,11 @@ class LocalLLM(LocalModelFields, BaseLLM):
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
             check_can_stream(options)
-            engine = self._engine()
+            engine = self._engine(options)
             handle = engine.submit(prompt, options.params, **options.submit)
             with closing(iterate(handle, options.timeout)) as pieces:
                 for delta, output in pieces:
-                    chunk = text_chunk(delta, output, self.model, options.params)
+                    chunk = text_chunk(delta, output, options.model, options.params)
                     if run_manager is not None:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -159,12 +159,12 @@ class LocalLLM(LocalModelFields, BaseLLM):
         with LANGCHAIN_ERRORS.converting():
             options = self._call_options(stop, kwargs)
             check_can_stream(options)
-            engine = await self._aengine()
+            engine = await self._aengine(options)
             (encoded,) = await self._aencode(engine, [prompt], options)
             handle = engine.submit(encoded, options.params, **options.submit)
             async with aclosing(aiterate(handle, options.timeout)) as pieces:
                 async for delta, output in pieces:
-                    chunk = text_chunk(delta, output, self.model, options.params)
+                    chunk = text_chunk(delta, output, options.model, options.params)
                     if run_manager is not None:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -181,11 +181,11 @@ class LocalLLM(LocalModelFields, BaseLLM):
     def _result(self, outputs: Sequence[RequestOutput], options: CallOptions) -> LLMResult:
         return LLMResult(
             generations=[
-                list(text_generations(output, self.model, options.params)) for output in outputs
+                list(text_generations(output, options.model, options.params)) for output in outputs
             ],
             llm_output={
                 "token_usage": token_usage(*(output.usage for output in outputs)),
-                "model_name": self.model,
+                "model_name": options.model,
                 "model_provider": PROVIDER,
             },
         )

@@ -153,7 +153,7 @@ def test_loading_does_not_block_the_loop(model_class, fake_engine, monkeypatch):
 
 
 def test_long_conversations_are_rendered_in_a_worker_thread(chat, fake_engine, monkeypatch):
-    monkeypatch.setattr("llm_connectors.langchain.chat_models.MAX_INLINE_CHARS", 10)
+    monkeypatch.setattr("llm_connectors.langchain._chat_streams.MAX_INLINE_CHARS", 10)
     asyncio.run(chat.ainvoke("short"))
     assert fake_engine.last_render.thread is threading.main_thread()
     assert asyncio.run(chat.ainvoke("a long conversation")).content == "a long conversation"[::-1]

@@ -10,7 +10,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 
-from engine import ContextOverflowError, Engine, RequestError, SamplingParams
+from engine import ContextOverflowError, Engine, SamplingParams
 from llm_connectors.langchain import ChatLocal, LocalLLM
 
 pytestmark = pytest.mark.demo_model
@@ -158,11 +158,16 @@ def test_many_event_loops_and_a_pickle_share_the_engine(demo_model):
     assert engine.is_closed
 
 
-def test_tools_that_the_template_has_no_place_for_are_refused(chat):
+def test_tools_are_counted_where_the_template_has_no_place_for_them(chat):
+    """They are described in the system message, which is what a call with them is given too."""
+
     @tool
     def weather(city: str) -> str:
         """Tell the weather."""
         return "sunny"
 
-    with pytest.raises(RequestError, match="no place for tools"):
-        chat.get_num_tokens_from_messages([HumanMessage("Rome?")], tools=[weather])
+    question = [HumanMessage("Rome?")]
+    counted = chat.get_num_tokens_from_messages(question, tools=[weather])
+    answer = chat.bind_tools([weather]).invoke(question, max_tokens=1)
+    assert counted == answer.usage_metadata["input_tokens"]
+    assert counted > chat.get_num_tokens_from_messages(question) + 50

@@ -3,11 +3,12 @@
 import pytest
 from langchain_calls import VERBS
 from langchain_core.runnables import ConfigurableField
+from langchain_fake_engine import FakeEngine
 from pydantic import ValidationError
 
-from engine import ConstraintError, RequestError, SamplingParams
+from engine import ConfigError, ConstraintError, RequestError, SamplingParams
 from llm_connectors._params import ALIASES, DEFAULT_MAX_TOKENS, SAMPLING_NAMES, SamplingFields
-from llm_connectors.langchain import ChatLocal, LocalLLM
+from llm_connectors.langchain import ChatLocal, LocalLLM, register_model, unregister_model
 
 # A value of each option that differs from its default.
 VALUES = {
@@ -200,21 +201,56 @@ def test_names_other_classes_take_are_accepted(model_class):
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", ["tools", "tool_choice", "response_format"])
-def test_tools_are_refused_not_ignored(model, verb, name):
+def test_text_completion_has_no_tools_and_says_so(llm, verb, name):
     with pytest.raises(RequestError, match=name):
-        VERBS[verb](model, "ab", **{name: ["any"]})
+        VERBS[verb](llm, "ab", **{name: ["any"]})
 
 
-def test_binding_tools_and_schemas_say_what_is_missing(chat):
-    with pytest.raises(RequestError, match="cannot call tools"):
-        chat.bind_tools([])
-    with pytest.raises(RequestError, match="cannot enforce a schema"):
-        chat.with_structured_output({})
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_registered_model_answers_the_call_that_names_it(model_class, fake_engine, verb):
+    other = FakeEngine("other")
+    register_model("small", engine=other)
+    try:
+        VERBS[verb](model_class(engine=fake_engine), "ab", model_name="small")
+    finally:
+        unregister_model("small")
+        other.close()
+    assert other.requests
+    assert fake_engine.requests == []
 
 
-def test_another_model_per_call_is_refused(model):
+def test_the_answer_names_the_registered_model(chat, llm):
+    other = FakeEngine("other")
+    register_model("small", engine=other)
+    try:
+        assert chat.invoke("ab", model="small").response_metadata["model_name"] == "small"
+        (chunk, *_rest) = list(chat.stream("a_", model_name="small"))[-1:]
+        assert chunk.response_metadata["model_name"] == "small"
+        assert llm.generate(["ab"], model="small").llm_output["model_name"] == "small"
+        assert chat._get_ls_params(model="small")["ls_model_name"] == "small"
+    finally:
+        unregister_model("small")
+        other.close()
+
+
+def test_names_are_registered_once():
+    register_model("small", "one-model")
+    register_model("small", "one-model")
+    try:
+        with pytest.raises(ConfigError, match=r"'small' is registered already, for 'one-model'"):
+            register_model("small", "another-model")
+        with pytest.raises(ConfigError, match="non-empty string"):
+            register_model("", "one-model")
+        with pytest.raises(ConfigError, match="Did you mean 'device'"):
+            register_model("bad", "one-model", devise="cpu")
+    finally:
+        unregister_model("small")
+        unregister_model("small")
+
+
+def test_a_model_that_is_not_registered_is_refused(model):
     model.invoke("a", model=model.model)
-    with pytest.raises(RequestError, match="cannot be chosen per call"):
+    with pytest.raises(RequestError, match="'another' is not registered"):
         model.invoke("a", model="another")
 
 

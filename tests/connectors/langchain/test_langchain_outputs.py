@@ -15,7 +15,8 @@ USAGE = {
     "input_tokens": 3,
     "output_tokens": 3,
     "total_tokens": 6,
-    "input_token_details": {"cache_read": 2},
+    "input_token_details": {"cache_read": 2, "cache_creation": 0},
+    "output_token_details": {"reasoning": 0},
 }
 
 
