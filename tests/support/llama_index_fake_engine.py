@@ -33,6 +33,7 @@ from engine import (
     Usage,
 )
 from engine.handle import wake_loops
+from engine.text.answer_format import AnswerFormat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -155,16 +156,40 @@ class FakeEngine:
             self._id_to_word |= dict(zip(ids, words, strict=True))
         return [BOS_ID, *ids] if add_special_tokens and self.has_bos else ids
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self._id_to_word[token_id] for token_id in ids)
 
+    @property
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(special_tokens=("<|im_start|>", "<|im_end|>", "<s>"))
+
+    @property
+    def resolved_config(self) -> Any:
+        return SimpleNamespace(block_size=16, enable_prefix_caching=True)
+
+    def answer_format(
+        self,
+        chat_template: str | None = None,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> AnswerFormat:
+        source = chat_template or self.template
+        if source is None:
+            raise RequestError("The model has no chat template.")
+        return _format(source, tool_parser, reasoning_parser)
+
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, chat_template: str | None = None, **_: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Any = None,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> list[int]:
         source = chat_template or self.template
         if source is None:
             raise RequestError("The model has no chat template.")
-        text = _compiled(source).render(messages=messages)
+        text = _compiled(source).render(messages=messages, tools=tools, **variables)
         ids = self.tokenize(text, add_special_tokens=False, parse_special=True)
         return [BOS_ID, *ids] if self.has_bos else ids
 
@@ -329,6 +354,18 @@ def _logprobs(
             row.setdefault(5000 + rank, Logprob(-0.1 * rank, rank, f"alt{rank}"))
         rows.append(row)
     return rows
+
+
+@functools.cache
+def _format(source: str, tool_parser: str, reasoning_parser: str) -> AnswerFormat:
+    known = ("enable_thinking", "thinking", "reasoning_effort")
+    template = SimpleNamespace(
+        all_sources=source,
+        supports_tools="tools" in source,
+        supports_system_role="no system role" not in source,
+        variables=frozenset(name for name in known if name in source),
+    )
+    return AnswerFormat(template, tool_parser=tool_parser, reasoning_parser=reasoning_parser)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -23,7 +23,9 @@ from llm_connectors.llama_index.errors import (
     ConstraintError,
     ContextOverflowError,
     ForeignProcessError,
+    NoToolCallError,
     RequestError,
+    StructuredOutputError,
     UnsupportedBlockError,
 )
 from llm_connectors.llama_index.extractors import ExtractorGroup, TitleExtractor
@@ -41,7 +43,9 @@ __all__ = [
     "ForeignProcessError",
     "LLMRerank",
     "LocalLLM",
+    "NoToolCallError",
     "RequestError",
+    "StructuredOutputError",
     "TitleExtractor",
     "UnsupportedBlockError",
     "aquery_many",

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -15,8 +15,10 @@ from llama_index.core.base.llms.generic_utils import (
 from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_TEMPERATURE
-from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import default_completion_to_prompt
 
+from engine import check_parser_names
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
@@ -31,14 +33,14 @@ from llm_connectors.llama_index.errors import ERRORS
 from llm_connectors.llama_index.metadata import build_metadata
 from llm_connectors.llama_index.options import REQUEST_NAMES, RequestOptions, request_options
 from llm_connectors.llama_index.pickling import home_process, remember, remembered, unpickled
-from llm_connectors.llama_index.prompts import PromptBuilder, fit_window
+from llm_connectors.llama_index.prompts import PreparedPrompts, PromptBuilder, fit_window
 from llm_connectors.llama_index.requests import PendingAnswer
 
 if TYPE_CHECKING:
     from engine import Engine
 
 
-class EngineBackedLLM(SamplingFields, LLM):
+class EngineBackedLLM(SamplingFields, FunctionCallingLLM):
     """Base of `LocalLLM`: its fields, its engine, and how a call becomes a submitted request.
 
     Raises:
@@ -59,6 +61,28 @@ class EngineBackedLLM(SamplingFields, LLM):
 
     chat_template: str | None = None
     """Jinja source to use instead of the model's own template."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further variables of the chat template."""
+
+    thinking: bool | str | None = None
+    """Whether a reasoning model thinks before it answers: `True`, `False`, or an effort ("low",
+    "medium", "high") where its template knows efforts. `None` leaves it to the template. The
+    reasoning comes in a `ThinkingBlock`, never in the text."""
+
+    tool_parser: str = "auto"
+    """How the model writes tool calls, as in `engine.AnswerFormat`: "hermes", "llama3_json",
+    "mistral", "pythonic", ... "auto" reads it off the chat template. A name also declares that the
+    model can call tools where its template has no place for them: they are then described in the
+    system message."""
+
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning, as in `engine.AnswerFormat`."""
+
+    structured_mode: Literal["schema", "tool", "text"] = "text"
+    """How the structured methods ask. "schema": the answer is the JSON, held to the schema while it
+    is written. "tool": the same as the arguments of one forced tool call. "text": LlamaIndex's own
+    way, which asks in the prompt and parses what comes."""
 
     context_window: int | None = None
     """Tokens of prompt and answer together that a request may have, at most the engine's own
@@ -106,6 +130,8 @@ class EngineBackedLLM(SamplingFields, LLM):
         super().__init__(model=lease.config.model, **options)
         self._lease = lease
         # Bad values are the constructor's news, not the first request's.
+        with ERRORS.converting():
+            check_parser_names(self.tool_parser, self.reasoning_parser)
         self._options({})
 
     # ------------------------------------------------------------------ the engine
@@ -174,7 +200,13 @@ class EngineBackedLLM(SamplingFields, LLM):
         """
         engine = self.engine
         # A weak reference, so that a closed engine can be freed.
-        key = (weakref.ref(engine), self.max_tokens, self.context_window, self.chat_template)
+        key = (
+            weakref.ref(engine),
+            self.max_tokens,
+            self.context_window,
+            self.chat_template,
+            self.tool_parser,
+        )
         if self._metadata is None or self._metadata[0] != key:
             with ERRORS.converting():
                 self._metadata = (key, build_metadata(engine, *key[1:]))
@@ -200,10 +232,18 @@ class EngineBackedLLM(SamplingFields, LLM):
     def _encode(self, text: str) -> list[int]:
         return self.engine.tokenize(text, add_special_tokens=False)
 
-    def count_messages(self, messages: Sequence[ChatMessage]) -> int:
-        """Prompt tokens of a chat with `messages`: exact, through the template."""
+    def count_messages(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Prompt tokens of a chat with `messages`: exact, through the template.
+
+        Args:
+            messages: As for `chat`.
+            tools: As for `chat`; they are part of the prompt.
+        """
         with ERRORS.converting():
-            return len(self._prompts(self.engine, self.chat_template).chat(messages))
+            options = self._options({} if tools is None else {"tools": tools})
+            return len(self._prompts(self.engine, options).chats([messages]).prompt_ids[0])
 
     # ------------------------------------------------------------------ one request
 
@@ -225,38 +265,41 @@ class EngineBackedLLM(SamplingFields, LLM):
     ) -> list[PendingAnswer]:
         with ERRORS.converting():
             options = self._options(call)
-            prompts = self._prompts(engine, options.chat_template)
-            return self._submit(engine, prompts.chats(conversations), options)
+            prompts = self._prompts(engine, options).chats(conversations)
+            return self._submit(engine, prompts, options)
 
     def _submit_completions(
         self, engine: Engine, texts: Sequence[str], formatted: bool, call: dict[str, Any]
     ) -> list[PendingAnswer]:
         with ERRORS.converting():
             options = self._options(call)
-            prompts = self._prompts(engine, options.chat_template)
-            prompt_ids = [prompts.completion(text, formatted=formatted) for text in texts]
-            return self._submit(engine, prompt_ids, options)
+            prompts = self._prompts(engine, options).completions(texts, formatted=formatted)
+            return self._submit(engine, prompts, options)
 
     def _submit(
-        self, engine: Engine, prompts: list[list[int]], options: RequestOptions
+        self, engine: Engine, prompts: PreparedPrompts, options: RequestOptions
     ) -> list[PendingAnswer]:
-        if not prompts:
+        all_ids = prompts.prompt_ids
+        if not all_ids:
             return []
-        params = [fit_window(ids, options.params, self.context_window) for ids in prompts]
+        params = [fit_window(ids, prompts.params, self.context_window) for ids in all_ids]
         order: dict[str, Any] = {
             "priority": options.priority,
             "cache_salt": options.cache_salt,
         }
-        if len(prompts) == 1:
-            handles = [engine.submit(prompts[0], params[0], **order)]
+        if len(all_ids) == 1:
+            handles = [engine.submit(all_ids[0], params[0], **order)]
         else:
-            handles = engine.submit_many(prompts, params, **order)
-        return [PendingAnswer(handle, engine.model_name, options.timeout) for handle in handles]
+            handles = engine.submit_many(all_ids, params, **order)
+        return [
+            PendingAnswer(handle, engine.model_name, options.timeout, reader)
+            for handle, reader in zip(handles, prompts.readers(), strict=True)
+        ]
 
-    def _prompts(self, engine: Engine, chat_template: str | None) -> PromptBuilder:
+    def _prompts(self, engine: Engine, options: RequestOptions) -> PromptBuilder:
         return PromptBuilder(
             engine=engine,
-            chat_template=chat_template,
+            options=options,
             messages_to_prompt=self.messages_to_prompt or generic_messages_to_prompt,
             completion_to_prompt=self.completion_to_prompt or default_completion_to_prompt,
         )

@@ -11,6 +11,9 @@ also `ValueError`s, so this package gives them twins that are `EngineError`s and
     │   ├── ContextOverflowError  for engine.ContextOverflowError
     │   ├── ConstraintError       for engine.ConstraintError
     │   └── UnsupportedBlockError a content block the model cannot read
+    ├── AnswerError               an answer that is not what was asked for
+    │   ├── NoToolCallError       a call was expected and none came
+    │   └── StructuredOutputError an answer does not fit the class it was asked for
     └── ConfigError               for engine.ConfigError, met when the engine is started late
         └── ForeignProcessError   a pickled model used in another process
 
@@ -41,6 +44,18 @@ class UnsupportedBlockError(RequestError):
     """A message holds a content block that the model cannot read; nothing was dropped."""
 
 
+class AnswerError(EngineError):
+    """The model answered, but not with what was asked for."""
+
+
+class NoToolCallError(AnswerError):
+    """A tool call was expected and none came."""
+
+
+class StructuredOutputError(AnswerError):
+    """The answer does not fit the class it was asked for, or was cut off before its end."""
+
+
 class ConfigError(EngineError):
     """Options that cannot work, or that differ from those of the engine already loaded."""
 
@@ -60,6 +75,8 @@ _SAME: tuple[type[EngineError], ...] = (
     engine.EngineDeadError,
     engine.EngineClosedError,
     UnsupportedBlockError,
+    NoToolCallError,
+    StructuredOutputError,
     ForeignProcessError,
 )
 

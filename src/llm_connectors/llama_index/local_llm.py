@@ -18,13 +18,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index_instrumentation import get_dispatcher
 
 from llm_connectors.llama_index import batch
-from llm_connectors.llama_index.base import EngineBackedLLM
 from llm_connectors.llama_index.responses import Answer
+from llm_connectors.llama_index.structured import StructuredOutput
 
 dispatcher = get_dispatcher(__name__)
 
 
-class LocalLLM(EngineBackedLLM):
+class LocalLLM(StructuredOutput):
     """A model in this process: true async, streaming, batching, and no server.
 
     Every option of `engine.SamplingParams` is a field here and a keyword of every call; a keyword
@@ -37,10 +37,11 @@ class LocalLLM(EngineBackedLLM):
     same with one user message where the model has a template, and continues the text where it has
     none; with `formatted=True` the text is used as it stands.
 
-    This version has no tool calls and no constrained output, and says so: it is an `LLM`, not a
-    `FunctionCallingLLM`, and `metadata.is_function_calling_model` is False. Hence `AgentWorkflow`
-    picks the ReAct agent, `FunctionAgent` refuses, and `structured_predict` asks for JSON in the
-    prompt and parses the text.
+    Tools work with `chat(tools=...)`, `chat_with_tools`, `predict_and_call` and LlamaIndex's
+    agents. `metadata.is_function_calling_model` is True where the chat template has a place for
+    tools or `tool_parser` is set; else `AgentWorkflow` picks the ReAct agent. Forced calls and the
+    structured methods can be held to their JSON schema while the answer is written. Reasoning comes
+    as a `ThinkingBlock`, and in streams as `additional_kwargs["thinking_delta"]`.
 
     Example:
         >>> llm = LocalLLM("smollm2-135m", max_tokens=16, temperature=0.0)
@@ -63,11 +64,14 @@ class LocalLLM(EngineBackedLLM):
         """The assistant's answer to a conversation.
 
         Args:
-            messages: Text messages; `system_prompt` is not added (only `predict` adds it).
-            **kwargs: Sampling options, `timeout`, `priority`, `cache_salt`, `chat_template`.
+            messages: Text messages, calls and results of tools; `system_prompt` is not added (only
+                `predict` and the structured methods add it).
+            **kwargs: Any sampling option; `timeout`, `priority`, `cache_salt`, `chat_template`,
+                `chat_template_kwargs`, `thinking`, `tool_parser`, `reasoning_parser`; and, as in
+                the OpenAI API, `tools`, `tool_choice`, `parallel_tool_calls`, `response_format`.
 
         Raises:
-            RequestError: An option is unknown or bad, or a block is no text.
+            RequestError: An option is unknown or bad, or a block cannot be read.
             ContextOverflowError: Prompt and answer do not fit the context; raised before any
                 work on the GPU.
             EngineError: Anything else that ended the request.

@@ -17,7 +17,11 @@ _UNKNOWN_NUM_OUTPUT = -1
 
 
 def build_metadata(
-    engine: Engine, max_tokens: int | None, context_window: int | None, chat_template: str | None
+    engine: Engine,
+    max_tokens: int | None,
+    context_window: int | None,
+    chat_template: str | None,
+    tool_parser: str = "auto",
 ) -> LLMMetadata:
     """The model's limits and abilities.
 
@@ -26,9 +30,10 @@ def build_metadata(
         max_tokens: New tokens per answer; None where only the context limits them.
         context_window: The user's own limit, or None for the engine's.
         chat_template: The user's own template, or None for the model's.
+        tool_parser: "auto", or the user's own choice, which says that the model can call tools.
 
     Raises:
-        ConfigError: `context_window` is not in [1, the engine's limit].
+        ConfigError: There is no such parser, or `context_window` is not in [1, the engine's limit].
     """
     limit = engine.max_model_len
     if context_window is not None and not 1 <= context_window <= limit:
@@ -42,10 +47,16 @@ def build_metadata(
         context_window=limit if context_window is None else context_window,
         num_output=_UNKNOWN_NUM_OUTPUT if max_tokens is None else max_tokens,
         is_chat_model=is_chat_model,
-        is_function_calling_model=False,
+        is_function_calling_model=is_chat_model
+        and (tool_parser != "auto" or _shows_tools(engine, chat_template)),
         model_name=engine.model_name,
         system_role=_system_role(engine, chat_template) if is_chat_model else MessageRole.SYSTEM,
     )
+
+
+def _shows_tools(engine: Engine, chat_template: str | None) -> bool:
+    """Whether the template has a place for tools, as those of models trained on calls do."""
+    return engine.answer_format(chat_template).template_shows_tools
 
 
 def _system_role(engine: Engine, chat_template: str | None) -> MessageRole:

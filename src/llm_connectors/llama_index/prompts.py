@@ -19,11 +19,35 @@ from llama_index.core.base.llms.generic_utils import messages_to_prompt as gener
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.llms.llm import default_completion_to_prompt
 
+from llm_connectors._answer_plan import AnswerPlan, AnswerStream
+from llm_connectors._schema import schema_text
 from llm_connectors.llama_index.errors import ContextOverflowError, RequestError
 from llm_connectors.llama_index.messages import template_messages
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
+    from llm_connectors.llama_index.options import RequestOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompts:
+    """The prompts of one call, ready to submit.
+
+    Attributes:
+        prompt_ids: Token ids of each.
+        params: For all.
+        plan: Reads the answers; None where they are text as they stand.
+    """
+
+    prompt_ids: list[list[int]]
+    params: SamplingParams
+    plan: AnswerPlan | None = None
+
+    def readers(self) -> list[AnswerStream | None]:
+        """What parts each answer into reasoning, text and calls; None for plain text."""
+        if self.plan is None:
+            return [None] * len(self.prompt_ids)
+        return [self.plan.stream(ids) for ids in self.prompt_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,54 +56,76 @@ class PromptBuilder:
 
     Attributes:
         engine: Whose tokenizer and template are used.
-        chat_template: Jinja source instead of the model's own.
+        options: What the call asks for.
         messages_to_prompt: The user's function, or LlamaIndex's generic one.
         completion_to_prompt: The user's function, or LlamaIndex's identity.
     """
 
     engine: Engine
-    chat_template: str | None
+    options: RequestOptions
     messages_to_prompt: Callable[[Sequence[ChatMessage]], str]
     completion_to_prompt: Callable[[str], str]
 
     @property
     def has_template(self) -> bool:
         """True where messages go through a chat template."""
-        return self.chat_template is not None or self.engine.has_chat_template
+        return self.options.chat_template is not None or self.engine.has_chat_template
 
-    def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn."""
-        dicts = template_messages(messages)
+    def chats(self, conversations: Sequence[Sequence[ChatMessage]]) -> PreparedPrompts:
+        """Conversations, ready for the assistant's turn; rendered and encoded together.
+
+        Raises:
+            RequestError: Messages are malformed or refused by the template, or there are tools
+                and no template that could show them.
+        """
+        dicts = [template_messages(messages) for messages in conversations]
         if self.messages_to_prompt is not generic_messages:
-            return self._with_one_bos(self.messages_to_prompt(messages))
-        if self.has_template:
-            return self.engine.apply_chat_template(dicts, chat_template=self.chat_template)
-        return self.engine.tokenize(generic_messages(messages))
+            texts = [self.messages_to_prompt(messages) for messages in conversations]
+            return self._plain([self._with_one_bos(text) for text in texts])
+        if not self.has_template:
+            texts = [generic_messages(messages) for messages in conversations]
+            return self._plain([self.engine.tokenize(text) for text in texts])
+        plan = AnswerPlan(self.engine, self.options.answer, self.options.params)
+        return PreparedPrompts(plan.encode(dicts), plan.params, plan)
 
-    def chats(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
-        """`chat` of each conversation, rendered and encoded together."""
-        is_plain = self.messages_to_prompt is generic_messages and self.has_template
-        if len(conversations) < 2 or not is_plain:
-            return [self.chat(messages) for messages in conversations]
-        return self.engine.apply_chat_template_batch(
-            [template_messages(messages) for messages in conversations],
-            chat_template=self.chat_template,
-        )
-
-    def completion(self, prompt: str, *, formatted: bool) -> list[int]:
-        """Token ids of a completion prompt; `formatted` text is used as it stands."""
-        if not isinstance(prompt, str):
-            msg = f"prompt is a {type(prompt).__name__}, not a string."
+    def completions(self, prompts: Sequence[str], *, formatted: bool) -> PreparedPrompts:
+        """Completion prompts; `formatted` text is used as it stands."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                msg = f"prompt is a {type(prompt).__name__}, not a string."
+                raise RequestError(msg)
+        request = self.options.answer.request
+        if request is not None and request.tools:
+            msg = "complete() takes no tools: a completion has no place for calls. Use chat()."
             raise RequestError(msg)
-        if formatted:
+        if not formatted and self.completion_to_prompt is default_completion_to_prompt:
             if self.has_template:
-                return self.engine.tokenize(prompt, add_special_tokens=False, parse_special=True)
-            return self._with_one_bos(prompt)
-        if self.completion_to_prompt is not default_completion_to_prompt:
-            return self._with_one_bos(self.completion_to_prompt(prompt))
-        if self.has_template:
-            return self.chat([ChatMessage(content=prompt)])
-        return self.engine.tokenize(prompt)
+                return self.chats([[ChatMessage(content=prompt)] for prompt in prompts])
+            return self._plain([self.engine.tokenize(prompt) for prompt in prompts])
+        if not formatted:
+            prompts = [self.completion_to_prompt(prompt) for prompt in prompts]
+        elif self.has_template:
+            return self._plain(
+                [
+                    self.engine.tokenize(prompt, add_special_tokens=False, parse_special=True)
+                    for prompt in prompts
+                ]
+            )
+        return self._plain([self._with_one_bos(prompt) for prompt in prompts])
+
+    def _plain(self, prompt_ids: list[list[int]]) -> PreparedPrompts:
+        """Prompts that no template made, so that no markup is looked for in their answers."""
+        request, params = self.options.answer.request, self.options.params
+        if request is not None and request.tools:
+            msg = (
+                "Tools are shown by a chat template, and this prompt goes through none. Pass "
+                "chat_template=..., and leave messages_to_prompt out."
+            )
+            raise RequestError(msg)
+        if request is not None and request.answer_schema is not None:
+            schema = schema_text(request.answer_schema, "The schema of response_format")
+            params = params.replace(json_schema=schema)
+        return PreparedPrompts(prompt_ids, params)
 
     def _with_one_bos(self, text: str) -> list[int]:
         """Ids of marked-up text. The tokenizer's BOS is added unless the text starts with it."""

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from engine import Delta, EngineError, RequestTimeoutError
 from llm_connectors.llama_index.errors import ERRORS
-from llm_connectors.llama_index.responses import Answer, AnswerStream, whole_answer
+from llm_connectors.llama_index.responses import Answer, GrowingAnswer, whole_answer
 
 if TYPE_CHECKING:
     from engine import RequestHandle
+    from llm_connectors._answer_plan import AnswerStream
 
 T = TypeVar("T")
 
@@ -31,9 +32,17 @@ class PendingAnswer:
         handle: The engine's handle.
         model_name: For the response's `raw`.
         timeout: Seconds from now until the request is aborted; None waits.
+        reader: Parts reasoning, text and tool calls; None for an answer that is plain text.
     """
 
-    def __init__(self, handle: RequestHandle, model_name: str, timeout: float | None) -> None:
+    def __init__(
+        self,
+        handle: RequestHandle,
+        model_name: str,
+        timeout: float | None,
+        reader: AnswerStream | None = None,
+    ) -> None:
+        self._reader = reader
         self._handle = handle
         self._model_name = model_name
         self._timeout = timeout
@@ -50,7 +59,8 @@ class PendingAnswer:
         loop but cannot deadlock.
         """
         with ERRORS.converting():
-            return whole_answer(self._handle.result(timeout=self._remaining()), self._model_name)
+            output = self._handle.result(timeout=self._remaining())
+            return whole_answer(output, self._model_name, self._reader)
 
     async def wait_async(self) -> Answer:
         """Await the whole answer; cancelling the task aborts the request."""
@@ -62,7 +72,7 @@ class PendingAnswer:
                 if isinstance(error, EngineError):
                     raise
                 raise self._timeout_error() from None
-            return whole_answer(output, self._model_name)
+            return whole_answer(output, self._model_name, self._reader)
 
     def stream(self, convert: Callable[[Answer], T]) -> Generator[T, None, None]:
         """Answers so far, the last one whole. Closing or dropping the generator aborts."""
@@ -73,7 +83,7 @@ class PendingAnswer:
         return self._abort_when_dropped(self._stream_async(convert))
 
     def _stream(self, convert: Callable[[Answer], T]) -> Generator[T, None, None]:
-        answers = AnswerStream(self._handle.request_id, self._model_name)
+        answers = GrowingAnswer(self._handle.request_id, self._model_name, self._reader)
         # The engine's iterator has no time limit of its own; aborting ends it.
         remaining = self._remaining()
         timer = None if remaining is None else threading.Timer(remaining, self._handle.abort)
@@ -93,7 +103,7 @@ class PendingAnswer:
             self._handle.abort()
 
     async def _stream_async(self, convert: Callable[[Answer], T]) -> AsyncGenerator[T, None]:
-        answers = AnswerStream(self._handle.request_id, self._model_name)
+        answers = GrowingAnswer(self._handle.request_id, self._model_name, self._reader)
         remaining = self._remaining()
         loop = asyncio.get_running_loop()
         timer = None if remaining is None else loop.call_later(remaining, self._handle.abort)

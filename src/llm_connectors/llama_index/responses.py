@@ -18,9 +18,14 @@ from llama_index.core.base.llms.types import (
     LogProb,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
 )
 
 from engine import Delta, Logprob, RequestMetrics, RequestOutput, Usage
+from llm_connectors._answer_plan import AnswerStream
+from llm_connectors.llama_index.answer_parts import AnswerParts
+from llm_connectors.llama_index.tools import as_legacy
 
 
 @dataclass(slots=True)
@@ -28,8 +33,11 @@ class Answer:
     """What is known of the one answer of a request, whole or so far.
 
     Attributes:
-        text: The answer's text up to now.
-        delta: What the last delta added; None where nothing was streamed.
+        text: The answer's text up to now, without reasoning and calls.
+        delta: What the last delta added to it; None where nothing was streamed.
+        thinking: The reasoning before it up to now.
+        thinking_delta: What the last delta added to that.
+        calls: Tool calls up to now; of one still being written the arguments are JSON text.
         raw: Set once the answer is complete: model, request id, finish and stop reason, usage and
             timings in seconds.
         usage: The counts of `raw["usage"]`, or empty.
@@ -38,59 +46,81 @@ class Answer:
 
     text: str = ""
     delta: str | None = None
+    thinking: str = ""
+    thinking_delta: str | None = None
+    calls: list[ToolCallBlock] = field(default_factory=list)
     raw: dict[str, Any] | None = None
     usage: dict[str, int] = field(default_factory=dict)
     logprobs: list[list[LogProb]] | None = None
 
     def as_chat(self) -> ChatResponse:
-        """The answer as an assistant message of one text block."""
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=self.text)])
+        """The answer as an assistant message: reasoning, text and calls as blocks."""
+        blocks: list[Any] = [TextBlock(text=self.text)]
+        if self.thinking:
+            blocks.insert(0, ThinkingBlock(content=self.thinking))
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[*blocks, *self.calls])
+        if self.calls:
+            message.additional_kwargs["tool_calls"] = [as_legacy(call) for call in self.calls]
         return ChatResponse(
             message=message,
             delta=self.delta,
             raw=self.raw,
             logprobs=self.logprobs,
-            additional_kwargs=dict(self.usage),
+            additional_kwargs=self._extras(),
         )
 
     def as_completion(self) -> CompletionResponse:
-        """The answer as a completion."""
+        """The answer's text as a completion. Reasoning stands in `raw["thinking"]`."""
+        if self.raw is not None and self.thinking:
+            self.raw["thinking"] = self.thinking
         return CompletionResponse(
             text=self.text,
             delta=self.delta,
             raw=self.raw,
             logprobs=self.logprobs,
-            additional_kwargs=dict(self.usage),
+            additional_kwargs=self._extras(),
         )
 
+    def _extras(self) -> dict[str, Any]:
+        if self.thinking_delta:
+            return {**self.usage, "thinking_delta": self.thinking_delta}
+        return dict(self.usage)
 
-def whole_answer(output: RequestOutput, model_name: str) -> Answer:
-    """The single answer of a finished request."""
-    answer = output.outputs[0]
-    return Answer(
-        text=answer.text,
-        raw=_raw(
-            model_name,
-            output.request_id,
-            answer.finish_reason,
-            answer.stop_reason,
-            output.usage,
-            output.metrics,
-        ),
-        usage=_usage_dict(output.usage),
-        logprobs=_logprob_rows(zip(answer.token_ids, answer.logprobs, strict=True))
-        if answer.logprobs is not None
-        else None,
+
+def whole_answer(output: RequestOutput, model_name: str, reader: AnswerStream | None) -> Answer:
+    """The single answer of a finished request.
+
+    Args:
+        output: What the engine gave back.
+        model_name: For the response's `raw`.
+        reader: Parts reasoning, text and calls; None for plain text.
+    """
+    one = output.outputs[0]
+    parts = AnswerParts(reader)
+    parts.feed(one.text, one.finish_reason)
+    answer = _answer(parts)
+    answer.raw = _raw(
+        model_name,
+        output.request_id,
+        one.finish_reason,
+        one.stop_reason,
+        output.usage,
+        output.metrics,
     )
+    parts.complete(answer.raw)
+    answer.usage = _usage_dict(output.usage)
+    if one.logprobs is not None:
+        answer.logprobs = _logprob_rows(zip(one.token_ids, one.logprobs, strict=True))
+    return answer
 
 
-class AnswerStream:
+class GrowingAnswer:
     """Grows an `Answer` from deltas. One stream, one reader."""
 
-    def __init__(self, request_id: str, model_name: str) -> None:
+    def __init__(self, request_id: str, model_name: str, reader: AnswerStream | None) -> None:
         self._request_id = request_id
         self._model_name = model_name
-        self._text = ""
+        self._parts = AnswerParts(reader)
         self._logprobs: list[list[LogProb]] | None = None
 
     def add(self, delta: Delta) -> Answer | None:
@@ -101,26 +131,34 @@ class AnswerStream:
         carries the log probabilities of the whole answer: LlamaIndex agents keep the last chunk
         as the response.
         """
-        self._text += delta.text
+        is_last = delta.usage is not None
+        reason = (delta.finish_reason or "stop") if is_last else None
+        text, thinking, has_call = self._parts.feed(delta.text, reason)
         if delta.logprobs is not None:
             rows = _logprob_rows(zip(delta.token_ids, delta.logprobs, strict=True))
             self._logprobs = [*(self._logprobs or []), *rows]
-        if delta.usage is None:
-            return Answer(text=self._text, delta=delta.text) if delta.text else None
-        return Answer(
-            text=self._text,
-            delta=delta.text,
-            raw=_raw(
+        if not (is_last or text or thinking or has_call):
+            return None
+        answer = _answer(self._parts)
+        answer.delta = text
+        answer.thinking_delta = thinking or None
+        if delta.usage is not None:
+            answer.raw = _raw(
                 self._model_name,
                 self._request_id,
                 delta.finish_reason,
                 delta.stop_reason,
                 delta.usage,
                 delta.metrics,
-            ),
-            usage=_usage_dict(delta.usage),
-            logprobs=self._logprobs,
-        )
+            )
+            self._parts.complete(answer.raw)
+            answer.usage = _usage_dict(delta.usage)
+            answer.logprobs = self._logprobs
+        return answer
+
+
+def _answer(parts: AnswerParts) -> Answer:
+    return Answer(text=parts.text, thinking=parts.thinking, calls=parts.calls)
 
 
 def _raw(

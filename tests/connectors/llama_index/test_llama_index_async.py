@@ -23,6 +23,7 @@ from llm_connectors.llama_index import LocalLLM
 
 USER = [ChatMessage(content="Count to a hundred.")]
 LONG = "word " * 2000
+SRC = Path(engine.__file__).parents[1]
 
 
 def slow_fake() -> FakeEngine:
@@ -116,7 +117,7 @@ def test_nested_loops_as_in_a_notebook() -> None:
     support = Path(__file__).parents[2] / "support"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(support)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (support, SRC)))},
         capture_output=True,
         text=True,
         timeout=60,

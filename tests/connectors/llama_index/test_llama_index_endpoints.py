@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import (
     ImageBlock,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
     ToolCallBlock,
 )
 from llama_index.core.llms.function_calling import FunctionCallingLLM
@@ -71,13 +72,12 @@ def text_of(response: ChatResponse | CompletionResponse) -> str:
     return response.message.content if isinstance(response, ChatResponse) else response.text
 
 
-def test_class_hierarchy_promises_no_tools(llm: LocalLLM) -> None:
+def test_class_hierarchy(llm: LocalLLM) -> None:
     names = [cls.__name__ for cls in LocalLLM.__mro__]
     assert BaseLLM.__name__ in names
     assert isinstance(llm, LLM)
-    assert not isinstance(llm, FunctionCallingLLM)
+    assert isinstance(llm, FunctionCallingLLM)
     assert llm.class_name() == "LocalLLM"
-    assert llm.metadata.is_function_calling_model is False
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
@@ -246,7 +246,13 @@ def test_fields_changed_between_calls_count(fake: FakeEngine) -> None:
         ({"prompt_logprobs": 1}, RequestError, "prompt_logprobs"),
         ({"timeout": 0}, RequestError, "timeout"),
         ({"json_schema": {}}, ConstraintError, "json_schema"),
-        ({"tools": []}, RequestError, "tools"),
+        ({"tools": "f"}, RequestError, "tools"),
+        ({"tools": [print]}, RequestError, "FunctionTool"),
+        ({"tool_choice": "f"}, RequestError, "tool_choice"),
+        ({"thinking": 3}, RequestError, "thinking"),
+        ({"thinking": True}, RequestError, "reasoning"),
+        ({"tool_parser": "hermse"}, ConfigError, "'hermes'"),
+        ({"response_format": "json"}, RequestError, "response_format"),
         ({"max_tokens": 10**6}, ContextOverflowError, "4096"),
         ({"stop": "a", "stop_sequences": "b"}, RequestError, "stop"),
     ],
@@ -374,9 +380,19 @@ def test_chat_template_by_field_and_by_call(fake: FakeEngine) -> None:
             r"messages\[0\]\.blocks\[1\] is a ImageBlock",
         ),
         (
-            [*USER, ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_name="f")])],
+            [*USER, ChatMessage(role="user", blocks=[ToolCallBlock(tool_name="f")])],
             UnsupportedBlockError,
             r"messages\[1\]\.blocks\[0\] is a ToolCallBlock",
+        ),
+        (
+            [ChatMessage(role="user", blocks=[ThinkingBlock(content="hm")])],
+            UnsupportedBlockError,
+            r"messages\[0\]\.blocks\[0\] is a ThinkingBlock",
+        ),
+        (
+            [ChatMessage("x", role="assistant", additional_kwargs={"function_call": {"a": 1}})],
+            RequestError,
+            "function_call",
         ),
         (
             [ChatMessage("x", role="assistant", additional_kwargs={"tool_calls": [1]})],

@@ -10,7 +10,6 @@ from typing import Any
 import llama_index.core
 import pytest
 from llama_index.core import Document, Settings, SummaryIndex, VectorStoreIndex
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.evaluation import FaithfulnessEvaluator
@@ -276,32 +275,7 @@ def test_sentences(text: str, sentences: list[str]) -> None:
     assert "".join(sentences) == text
 
 
-# ---- what waits for a later version says so
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's own
-def test_agents_without_tool_calls() -> None:
-    fake = FakeEngine(answer=lambda _prompt, _params: "Thought: I know.\nAnswer: Paris.")
-    llm = LocalLLM(engine=fake)
-
-    def weather(city: str) -> str:
-        """Weather in a city."""
-        return f"Sunny in {city}."
-
-    workflow = AgentWorkflow.from_tools_or_functions([weather], llm=llm)
-    assert isinstance(next(iter(workflow.agents.values())), ReActAgent)
-
-    async def main() -> str:
-        return str(await workflow.run(user_msg="Capital of France?", memory=plain_memory()))
-
-    assert asyncio.run(main()) == "Paris."
-
-    async def function_agent() -> None:
-        await FunctionAgent(tools=[weather], llm=llm).run(user_msg="Hi", memory=plain_memory())
-
-    with pytest.raises(Exception, match="must be a FunctionCallingLLM"):
-        asyncio.run(function_agent())
-    fake.close()
+# ---- answers as objects, errors
 
 
 def test_structured_predict_parses_text() -> None:
