@@ -16,13 +16,22 @@ from engine.errors import (
     EngineDeadError,
     EngineError,
     ModelNotFoundError,
+    RequestAbortedError,
     RequestError,
     RequestTimeoutError,
     StepError,
     UnsupportedModelError,
     nearest_name_hint,
 )
-from engine.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput, Usage
+from engine.outputs import (
+    CompletionOutput,
+    Delta,
+    Logprob,
+    PoolingOutput,
+    RequestMetrics,
+    RequestOutput,
+    Usage,
+)
 from engine.sampling_params import SamplingParams
 from engine.stats import EngineStats
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.handle import RequestHandle
     from engine.llm import LLM
+    from engine.pooling_handle import PoolingHandle
 
 __all__ = [
     "LLM",
@@ -48,6 +58,9 @@ __all__ = [
     "EngineStats",
     "Logprob",
     "ModelNotFoundError",
+    "PoolingHandle",
+    "PoolingOutput",
+    "RequestAbortedError",
     "RequestError",
     "RequestHandle",
     "RequestMetrics",
@@ -60,7 +73,12 @@ __all__ = [
     "nearest_name_hint",
 ]
 
-_LAZY = {"Engine": "engine.engine", "LLM": "engine.llm", "RequestHandle": "engine.handle"}
+_LAZY = {
+    "Engine": "engine.engine",
+    "LLM": "engine.llm",
+    "PoolingHandle": "engine.pooling_handle",
+    "RequestHandle": "engine.handle",
+}
 """Names whose modules load torch; importing the package stays cheap."""
 
 

@@ -20,6 +20,7 @@ from engine.errors import RequestError
 from engine.handle import RequestHandle
 from engine.outputs import Delta, RequestOutput
 from engine.placement.host import EXIT_TIMEOUT_S, start_host
+from engine.pooling_face import PoolingFace
 from engine.progress import wait_for_all
 from engine.prompts import Prompt, RequestFactory, is_one_prompt, params_per_prompt
 from engine.sampling_params import SamplingParams
@@ -35,13 +36,13 @@ Messages = Sequence[dict[str, Any]]
 _shared_engines = SharedEngines()
 
 
-class Engine:
+class Engine(PoolingFace):
     """A loaded model that batches every request made of it, from whatever thread or event loop.
 
     Loading happens in the constructor and blocks. Use it as a context manager, or `close` it.
 
     Args:
-        model: Folder, `.gguf` file, "smollm2-135m" or hub id; see `EngineConfig.model`.
+        model: Folder, `.gguf` file, packaged model or hub id; see `EngineConfig.model`.
         config: Ready-made options, instead of keywords.
         **options: Fields of `EngineConfig`.
 
@@ -70,7 +71,11 @@ class Engine:
         host = start_host(config)
         self._host = host
         self._factory = RequestFactory(
-            host.facts.limits, host.text, host.facts.vocab_size, config.seed
+            host.facts.limits,
+            host.text,
+            host.facts.vocab_size,
+            config.seed,
+            can_generate=host.facts.pooling is None,
         )
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
         self._finalizer = weakref.finalize(self, host.stop, drain=False, timeout=EXIT_TIMEOUT_S)
@@ -395,6 +400,7 @@ class Engine:
         Returns:
             A `RequestOutput`, or a list of them for a list of conversations.
         """
+        self._factory.check_can_generate()
         is_single = len(messages) == 0 or not isinstance(messages[0], list | tuple)
         conversations: Any = [messages] if is_single else messages
         prompts = self.apply_chat_template_batch(conversations, **template_options)
