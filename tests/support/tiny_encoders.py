@@ -98,7 +98,7 @@ def write_wordpiece(folder: Path, *, has_types: bool = True) -> None:
         processors,
     )
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [*string.ascii_lowercase, *string.digits, ".", ",", "?", ":"]
     tokens = [*special, *letters, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocab = {token: index for index, token in enumerate(tokens)}
