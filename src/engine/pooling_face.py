@@ -14,7 +14,7 @@ from engine.errors import RequestError
 from engine.handle import RequestHandle
 from engine.outputs import PoolingOutput, RequestMetrics, Usage
 from engine.pooling_facts import PoolingFacts
-from engine.pooling_handle import PoolingHandle, Ready
+from engine.pooling_handle import PoolingHandle, Ready, awaited
 from engine.pooling_texts import PoolingTexts, text_list
 from engine.prompts import Prompt, is_one_prompt
 from engine.relevance import submit_judgements
@@ -98,8 +98,15 @@ class PoolingFace:
             RequestTimeoutError: `timeout` passed; the rest was aborted.
             EngineError: What ended the request instead.
         """
-        handle, is_single = self._submit_embed(
-            texts, prompt_name, prompt, normalize, dimensions, on_overflow
+        is_single = is_one_prompt(texts)
+        given: list[Any] = [texts] if is_single else text_list(texts)
+        handle = self.submit_embed(
+            given,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            normalize=normalize,
+            dimensions=dimensions,
+            on_overflow=on_overflow,
         )
         vectors = _waited(handle, timeout).vectors
         return vectors[0] if is_single else vectors
@@ -115,10 +122,18 @@ class PoolingFace:
         on_overflow: str = "error",
     ) -> FloatArray:
         """`embed` without blocking the event loop; a cancelled task aborts what has not run."""
-        handle, is_single = self._submit_embed(
-            texts, prompt_name, prompt, normalize, dimensions, on_overflow
+        is_single = is_one_prompt(texts)
+        given: list[Any] = [texts] if is_single else text_list(texts)
+        submit = partial(
+            self.submit_embed,
+            given,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            normalize=normalize,
+            dimensions=dimensions,
+            on_overflow=on_overflow,
         )
-        vectors = (await handle).vectors
+        vectors = (await awaited(submit, _num_chars(given))).vectors
         return vectors[0] if is_single else vectors
 
     def submit_embed(
@@ -132,37 +147,20 @@ class PoolingFace:
         on_overflow: str = "error",
     ) -> PoolingHandle:
         """Start to embed a list and return at once. Any thread; arguments as in `embed`."""
-        given = text_list(texts)
-        handle, _ = self._submit_embed(
-            given, prompt_name, prompt, normalize, dimensions, on_overflow
-        )
-        return handle
-
-    def _submit_embed(
-        self,
-        texts: Any,
-        prompt_name: str | None,
-        prompt: str | None,
-        normalize: bool | None,
-        dimensions: int | None,
-        on_overflow: str,
-    ) -> tuple[PoolingHandle, bool]:
         facts = self._embedding_facts()
-        is_single = is_one_prompt(texts)
-        given = [texts] if is_single else text_list(texts)
+        given = text_list(texts)
         finish = partial(
             _embeddings,
-            inverse=None,
             normalize=facts.normalizes if normalize is None else normalize,
             dimensions=_checked_dimensions(dimensions, facts.width),
         )
         maker = self._pooling_texts(facts)
         worded = maker.prompt(prompt_name, prompt)
         if not given:
-            return PoolingHandle(_nothing(facts.width), finish), False
+            return PoolingHandle(_nothing(facts.width), partial(finish, inverse=None))
         distinct, inverse = _distinct(given)
         request = maker.single(distinct, [worded] * len(distinct), on_overflow)
-        return self._hand_over_pooling(request, partial(finish, inverse=inverse)), is_single
+        return self._hand_over_pooling(request, partial(finish, inverse=inverse))
 
     # ---------------------------------------------------------------- score
 
@@ -214,10 +212,11 @@ class PoolingFace:
         instruction: str | None = None,
     ) -> FloatArray:
         """`score` without blocking the event loop; a cancelled task aborts what has not run."""
-        handle = self.submit_score(
-            query, documents, on_overflow=on_overflow, instruction=instruction
+        submit = partial(
+            self.submit_score, query, documents, on_overflow=on_overflow, instruction=instruction
         )
-        return (await handle).vectors[:, 0]
+        num_chars = _num_chars([documents] if isinstance(documents, str) else documents)
+        return (await awaited(submit, num_chars)).vectors[:, 0]
 
     def submit_score(
         self,
@@ -308,6 +307,13 @@ def _waited(handle: PoolingHandle, timeout: float | None) -> PoolingOutput:
     except BaseException:  # KeyboardInterrupt: nobody waits any more
         handle.abort()
         raise
+
+
+def _num_chars(texts: Any) -> int:
+    """Length of the strings among `texts`; what is no list of texts is refused elsewhere."""
+    if not isinstance(texts, Sequence):
+        return 0
+    return sum(len(one) for one in texts if isinstance(one, str))
 
 
 def _nothing(width: int) -> Ready:

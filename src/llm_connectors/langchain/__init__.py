@@ -2,6 +2,8 @@
 
 - `ChatLocal`: a chat model.
 - `LocalLLM`: text completion with raw prompts.
+- `LocalEmbeddings`: vectors of texts.
+- `LocalRerank`: a document compressor and cross-encoder.
 - `errors`: classes that are both the engine's and LangChain's.
 """
 
@@ -12,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_connectors.langchain.chat_models import ChatLocal
+    from llm_connectors.langchain.embeddings import LocalEmbeddings
     from llm_connectors.langchain.llms import LocalLLM
+    from llm_connectors.langchain.rerank import LocalRerank
 
-__all__ = ["ChatLocal", "LocalLLM"]
+__all__ = ["ChatLocal", "LocalEmbeddings", "LocalLLM", "LocalRerank"]
 
 _LAZY = {
     "ChatLocal": "llm_connectors.langchain.chat_models",
+    "LocalEmbeddings": "llm_connectors.langchain.embeddings",
     "LocalLLM": "llm_connectors.langchain.llms",
+    "LocalRerank": "llm_connectors.langchain.rerank",
 }
 """Names whose modules load langchain-core; importing the package stays cheap."""
 
