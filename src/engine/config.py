@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 PLACEMENTS = ("thread", "process")
+TASKS = ("auto", "generate", "embed")
+POOLINGS = ("auto", "cls", "last", "max", "mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,13 @@ class EngineConfig:
     """Options of one engine. Frozen and comparable: equal configs share an engine.
 
     Attributes:
-        model: A Hugging Face folder, a `.gguf` file, the packaged demo model "smollm2-135m", or a
-            hub id.
+        model: A Hugging Face folder, a `.gguf` file, a packaged model ("smollm2-135m",
+            "all-minilm-l6-v2"), or a hub id.
+        task: "auto" does what the model is made for: encoders, folders in the layout of
+            sentence-transformers and models with one score embed or score, all others generate.
+            "embed" makes embeddings with a model that generates; "generate" the other way round.
+        pooling: How a text's tokens become one vector: "auto" as the model's files say, else "mean"
+            over all tokens (encoders) or the state of the "last" (decoders); or "cls", "max".
         tokenizer: Folder or `tokenizer.json` to use instead of the model's own.
         chat_template: Jinja source to use instead of the model's own.
         revision: Hub branch, tag or commit. Default: the hub's default branch.
@@ -39,7 +46,7 @@ class EngineConfig:
         max_num_seqs: Most sequences running at once, 1 to 4096. Further ones wait. Default 256.
         max_num_batched_tokens: Token budget of one step, prompt chunks included. Default 8192 on a
             GPU (large matrix products stay efficient), 1024 on a CPU (a step stays short enough
-            for smooth streaming).
+            for smooth streaming); where texts are embedded or scored 16384 on a GPU.
         gpu_memory_utilization: Share of the GPU's total memory this engine may fill, in (0, 1].
             Default 0.85.
         kv_cache_memory_bytes: Size of the KV cache instead of a share. Default on a CPU: room for
@@ -66,6 +73,8 @@ class EngineConfig:
     """
 
     model: str
+    task: str = "auto"
+    pooling: str = "auto"
     tokenizer: str | None = None
     chat_template: str | None = None
     revision: str | None = None
@@ -91,6 +100,8 @@ class EngineConfig:
         object.__setattr__(self, "model", self._model_name())
         object.__setattr__(self, "dtype", self._dtype_name())
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("task", self.task, TASKS)
+        _one_of("pooling", self.pooling, POOLINGS)
         _one_of("dtype", self.dtype, DTYPE_NAMES)
         _one_of("placement", self.placement, PLACEMENTS)
         if not isinstance(self.device, str) or self.device.split(":")[0] not in (

@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from engine.build import EngineParts, device_context, return_stream
+from engine.build import device_context, return_stream
+from engine.config import ResolvedConfig
+from engine.model_text import ModelText
+from engine.runner.free_cores import ThreadChooser
 
 
-def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
+class LoopRunner(Protocol):
+    """What beginning and end need of a runner."""
+
+    threads: ThreadChooser | None
+
+    def close(self) -> None:
+        """Drop everything on the device."""
+
+
+class LoopParts(Protocol):
+    """What an engine loop works with: `EngineParts` or `PoolingParts`."""
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """What the options came to."""
+
+    @property
+    def text(self) -> ModelText:
+        """The model's text side."""
+
+    @property
+    def runner(self) -> LoopRunner:
+        """Runs steps."""
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The engine's own; None on a CPU."""
+
+    def release_model(self) -> None:
+        """Drop the weights."""
+
+
+def thread_setup(parts: LoopParts) -> Callable[[Callable[[], None]], None]:
     """What the engine thread sets for itself alone before it runs the loop.
 
     Returns:
@@ -28,7 +64,7 @@ def thread_setup(parts: EngineParts) -> Callable[[Callable[[], None]], None]:
     return run_inside
 
 
-def free_parts(parts: EngineParts) -> None:
+def free_parts(parts: LoopParts) -> None:
     """Drop weights, KV cache and graphs, and give the GPU's memory back to the driver."""
     parts.runner.close()
     parts.release_model()

@@ -21,19 +21,17 @@ from engine.errors import RequestError
 from engine.handle import RequestHandle
 from engine.outputs import Delta, RequestOutput
 from engine.placement.host import EXIT_TIMEOUT_S, start_host
+from engine.pooling_face import PoolingFace
 from engine.progress import wait_for_all
 from engine.prompts import Prompt, RequestFactory, is_one_prompt, params_per_prompt
 from engine.sampling_params import SamplingParams
 from engine.shared import SharedEngines
 from engine.stats import EngineStats
-from engine.text.answer_format import AnswerFormat
+from engine.text.answer_format import AnswerFormat, AnswerFormats
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-MAX_ANSWER_FORMATS = 64
-"""Chat templates whose conventions an engine remembers."""
 
 Messages = Sequence[dict[str, Any]]
 
@@ -42,13 +40,13 @@ _HAND_OVER_PAUSE_S = 50e-6
 _shared_engines = SharedEngines()
 
 
-class Engine:
+class Engine(PoolingFace):
     """A loaded model that batches every request made of it, from whatever thread or event loop.
 
     Loading happens in the constructor and blocks. Use it as a context manager, or `close` it.
 
     Args:
-        model: Folder, `.gguf` file, "smollm2-135m" or hub id; see `EngineConfig.model`.
+        model: Folder, `.gguf` file, packaged model or hub id; see `EngineConfig.model`.
         config: Ready-made options, instead of keywords.
         **options: Fields of `EngineConfig`.
 
@@ -77,11 +75,15 @@ class Engine:
         host = start_host(config)
         self._host = host
         self._factory = RequestFactory(
-            host.facts.limits, host.text, host.facts.vocab_size, config.seed
+            host.facts.limits,
+            host.text,
+            host.facts.vocab_size,
+            config.seed,
+            can_generate=host.facts.pooling is None,
         )
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
         self._finalizer = weakref.finalize(self, host.stop, drain=False, timeout=EXIT_TIMEOUT_S)
-        self._answer_formats: dict[tuple[str | None, str, str], AnswerFormat] = {}
+        self._answer_formats = AnswerFormats(host.text.model_type)
         self._close_lock = threading.Lock()
         self._release_shared: Callable[[], bool] | None = None
         logger.info(
@@ -237,18 +239,9 @@ class Engine:
             ConfigError: A parser's name is unknown.
             RequestError: There is no chat template.
         """
-        key = (chat_template, tool_parser, reasoning_parser)
-        known = self._answer_formats.get(key)
-        if known is None:
-            known = AnswerFormat(
-                self._template(chat_template),
-                self._host.text.model_type,
-                tool_parser=tool_parser,
-                reasoning_parser=reasoning_parser,
-            )
-            if len(self._answer_formats) < MAX_ANSWER_FORMATS:
-                self._answer_formats[key] = known
-        return known
+        return self._answer_formats.get(
+            chat_template, tool_parser, reasoning_parser, self._template
+        )
 
     def _need_tokenizer(self) -> Tokenizer:
         tokenizer = self._host.text.tokenizer
@@ -449,6 +442,7 @@ class Engine:
         Returns:
             A `RequestOutput`, or a list of them for a list of conversations.
         """
+        self._factory.check_can_generate()
         is_single = len(messages) == 0 or not isinstance(messages[0], list | tuple)
         conversations: Any = [messages] if is_single else messages
         prompts = self.apply_chat_template_batch(conversations, **template_options)

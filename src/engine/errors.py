@@ -12,6 +12,7 @@ The tree::
     │   └── ConstraintError      a grammar or schema that cannot be enforced
     ├── CapacityError            does not fit this machine's memory
     ├── RequestTimeoutError      the caller's own time limit passed (also a TimeoutError)
+    ├── RequestAbortedError      embedding or scoring was given up by its caller
     ├── StepError                a step failed (out of memory, kernel error); the engine goes on
     ├── EngineDeadError          the engine loop, or its process, ended with an error
     └── EngineClosedError        the engine was closed by its owner
@@ -66,6 +67,13 @@ class CapacityError(EngineError):
 
 class RequestTimeoutError(EngineError, TimeoutError):
     """The caller's time limit passed before the request finished."""
+
+
+class RequestAbortedError(EngineError):
+    """A list of texts to embed or score was aborted before it was finished.
+
+    Aborted generation does not raise this: it gives what there is, with `finish_reason` "abort".
+    """
 
 
 class StepError(EngineError):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -141,6 +145,22 @@ class RequestOutput:
     def num_cached_tokens(self) -> int:
         """Prompt tokens taken from the prefix cache, under vLLM's name."""
         return self.usage.cached_tokens
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """The vectors of one list of texts. N texts.
+
+    Attributes:
+        vectors: [N, width] float32: embeddings as `Engine.embed` was asked for them, or, of
+            `Engine.score`, the one-column scores.
+        usage: Tokens of all texts; none are generated.
+        metrics: Timings of the list as a whole.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    usage: Usage
+    metrics: RequestMetrics
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ class RequestFactory:
         text: Tokenizer and end-of-sequence ids.
         vocab_size: Ids of the model.
         base_seed: Base of the seeds of requests without one; None takes them from the system.
+        can_generate: False for a model that embeds or scores: every request is then refused.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class RequestFactory:
         text: ModelText,
         vocab_size: int,
         base_seed: int | None,
+        *,
+        can_generate: bool = True,
     ) -> None:
+        self._can_generate = can_generate
         self._limits = limits
         self._tokenizer = text.tokenizer
         self._vocab_size = vocab_size
@@ -78,6 +82,7 @@ class RequestFactory:
             CapacityError: They exceed the KV cache.
         """
         arrival_s = time.monotonic()
+        self.check_can_generate()
         if not isinstance(params, SamplingParams):
             msg = f"params must be a SamplingParams, got {type(params).__name__}."
             raise RequestError(msg)
@@ -103,6 +108,19 @@ class RequestFactory:
         )
         add_sequences(request)
         return request
+
+    def check_can_generate(self) -> None:
+        """Refuse what the loaded model cannot do.
+
+        Raises:
+            RequestError: It embeds or scores.
+        """
+        if not self._can_generate:
+            msg = (
+                "This engine embeds or scores texts and cannot generate. Use Engine.embed or "
+                "Engine.score, or load a model that generates."
+            )
+            raise RequestError(msg)
 
     def encode_together(
         self, prompts: Sequence[Prompt], parse_special: bool

@@ -29,7 +29,7 @@ class SharedEngines:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: dict[tuple[str, str | None], _Entry] = {}
+        self._entries: dict[tuple[str, str | None, str], _Entry] = {}
 
     def acquire(
         self,
@@ -74,10 +74,10 @@ class SharedEngines:
             return True
 
 
-def _key(config: EngineConfig) -> tuple[str, str | None]:
-    """Paths by where they lead, names as they are."""
+def _key(config: EngineConfig) -> tuple[str, str | None, str]:
+    """Paths by where they lead, names as they are; a model may generate and embed side by side."""
     path = os.path.realpath(config.model) if os.path.exists(config.model) else config.model
-    return path, config.revision
+    return path, config.revision, config.task
 
 
 def _check_same(loaded: EngineConfig, asked: EngineConfig) -> None:

@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
-pytestmark = pytest.mark.demo_model
+pytestmark = [pytest.mark.demo_model, pytest.mark.usefixtures("embedding_model")]
 
 
 def test_the_examples_are_all_there() -> None:
@@ -20,6 +20,7 @@ def test_the_examples_are_all_there() -> None:
         "demo.py",
         "langchain_async.py",
         "langchain_batch.py",
+        "langchain_rag.py",
         "llama_index_rag.py",
         "offline_batch.py",
         "one_engine_for_both.py",

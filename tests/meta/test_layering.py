@@ -37,6 +37,12 @@ TOP_ONLY = {
     "prompts",
     "placement",
     "model_text",
+    "pooling_build",
+    "pooling_face",
+    "pooling_handle",
+    "pooling_texts",
+    "relevance",
+    "task",
 }
 
 

@@ -137,6 +137,14 @@ class SafetensorsCheckpoint(Checkpoint):
         with torch.no_grad():
             out.copy_(handle.get_tensor(name))
 
+    def stored_dtype(self) -> str | None:
+        """The dtype of the first tensor of numbers, as torch spells it; None without one."""
+        for name, file in self._files.items():
+            stored = str(self._handles[file].get_slice(name).get_dtype())
+            if stored in _FLOAT_TYPES:
+                return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+        return None
+
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()

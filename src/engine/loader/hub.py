@@ -28,8 +28,9 @@ HUB_NAME: Final = re.compile(
 
 _CONFIG_PATTERNS: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHT_PATTERNS: Final = ["*.safetensors"]
-# Nested folders hold copies in other formats; consolidated files are a second copy of the weights.
-_IGNORED_PATTERNS: Final = ["*/*", "consolidated*"]
+# Nested folders hold copies in other formats, but for the numbered ones of sentence-transformers
+# (`1_Pooling`); consolidated files are a second copy of the weights.
+_IGNORED_PATTERNS: Final = ["[!0-9]*/*", "*/*/*", "consolidated*"]
 
 
 def hub_folder(

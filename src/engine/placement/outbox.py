@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.handle import Wakeups, merge_deltas
-from engine.outputs import Delta, RequestOutput
+from engine.outputs import Delta
 from engine.placement.channel import pack
-from engine.placement.wire import encode_deltas, encode_error, encode_output
+from engine.placement.wire import AnyOutput, encode_deltas, encode_error, encode_output
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Reply:
     """What is new about one request since the last message."""
 
     deltas: list[Delta] = field(default_factory=list)
-    output: RequestOutput | None = None
+    output: AnyOutput | None = None
     error: BaseException | None = None
 
     def record(self, number: int) -> tuple[Any, ...]:
@@ -56,7 +56,7 @@ class Outbox:
         self,
         number: int,
         deltas: list[Delta],
-        output: RequestOutput | None,
+        output: AnyOutput | None,
         error: BaseException | None,
     ) -> None:
         """Note what is new about request `number`; `flush` sends it."""

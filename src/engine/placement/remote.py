@@ -18,10 +18,9 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, ResolvedConfig
-from engine.core.request import Request
 from engine.errors import EngineClosedError, EngineDeadError, EngineError
 from engine.handle import RequestSink, Wakeups, wake_loops
 from engine.loader.resolve import resolve_model
@@ -32,6 +31,9 @@ from engine.placement.child import Child
 from engine.placement.host import EXIT_TIMEOUT_S, HostFacts
 from engine.placement.wire import decode_deltas, decode_error, decode_output, encode_request
 from engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from engine.placement.host import AnyRequest
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class RemoteHost:
         self._accept_lock = threading.Lock()
         self._refusal: EngineError | None = None
         self._numbers = itertools.count()
-        self._open: dict[int, tuple[Request, RequestSink]] = {}
-        self._number_of: dict[Request, int] = {}
+        self._open: dict[int, tuple[AnyRequest, RequestSink]] = {}
+        self._number_of: dict[AnyRequest, int] = {}
         self._answers = threading.Condition()
         self._questions = itertools.count(1)
         self._last_answer = 0
@@ -137,7 +139,7 @@ class RemoteHost:
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def post_submit(self, pairs: Sequence[tuple[Request, RequestSink]]) -> None:
+    def post_submit(self, pairs: Sequence[tuple[AnyRequest, RequestSink]]) -> None:
         """See `EngineHost`."""
         if self._is_forked():
             raise forked_error(self._name, self._pid)
@@ -156,15 +158,15 @@ class RemoteHost:
                 self.post_abort(request)
             raise
 
-    def post_abort(self, request: Request) -> None:
+    def post_abort(self, request: AnyRequest) -> None:
         """See `EngineHost`."""
         self._post("abort", request)
 
-    def post_stream(self, request: Request) -> None:
+    def post_stream(self, request: AnyRequest) -> None:
         """See `EngineHost`."""
         self._post("stream", request)
 
-    def _post(self, name: str, request: Request) -> None:
+    def _post(self, name: str, request: AnyRequest) -> None:
         number = self._number_of.get(request)
         if number is not None and not self._is_forked():
             self._writer.write((name, number))

@@ -13,15 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import engine.errors
+from engine.core.pooling_request import PoolingRequest
 from engine.core.request import Request
 from engine.errors import EngineError
 from engine.outputs import (
     CompletionOutput,
     Delta,
     Logprob,
+    PoolingOutput,
     RequestMetrics,
     RequestOutput,
     Usage,
+)
+from engine.placement.pooling_wire import (
+    PoolingRecord,
+    decode_pooling_output,
+    decode_pooling_request,
+    encode_pooling_output,
+    encode_pooling_request,
 )
 from engine.prompts import add_sequences
 from engine.sampling_params import SamplingParams
@@ -43,8 +52,14 @@ class SubmitRecord(NamedTuple):
     arrival_s: float
 
 
-def encode_request(number: int, request: Request) -> SubmitRecord:
+AnyRecord = SubmitRecord | PoolingRecord
+AnyOutput = RequestOutput | PoolingOutput
+
+
+def encode_request(number: int, request: Request | PoolingRequest) -> AnyRecord:
     """The request under the number that both sides know it by."""
+    if isinstance(request, PoolingRequest):
+        return encode_pooling_request(number, request)
     return SubmitRecord(
         number,
         request.request_id,
@@ -60,8 +75,10 @@ def encode_request(number: int, request: Request) -> SubmitRecord:
     )
 
 
-def decode_request(record: SubmitRecord) -> Request:
+def decode_request(record: AnyRecord) -> Request | PoolingRequest:
     """The request as it was, but for the prompt's text. The monotonic clock is the machine's."""
+    if isinstance(record, PoolingRecord):
+        return decode_pooling_request(record)
     request = Request(
         request_id=record.request_id,
         prompt_token_ids=np.frombuffer(record.prompt_ids, np.int32).tolist(),
@@ -119,7 +136,7 @@ def encode_deltas(deltas: list[Delta]) -> list[tuple[Any, ...]]:
     ]
 
 
-def decode_deltas(records: list[tuple[Any, ...]], output: RequestOutput | None) -> list[Delta]:
+def decode_deltas(records: list[tuple[Any, ...]], output: AnyOutput | None) -> list[Delta]:
     """The deltas; the last one of a finished request has its usage and metrics."""
     deltas = [
         Delta(index, text, token_ids, finish_reason, stop_reason, _decode_logprobs(logprobs))
@@ -131,8 +148,10 @@ def decode_deltas(records: list[tuple[Any, ...]], output: RequestOutput | None) 
     return deltas
 
 
-def encode_output(output: RequestOutput) -> tuple[Any, ...]:
+def encode_output(output: AnyOutput) -> tuple[Any, ...]:
     """What the child adds to a request."""
+    if isinstance(output, PoolingOutput):
+        return encode_pooling_output(output)
     usage, metrics = output.usage, output.metrics
     return (
         [
@@ -159,8 +178,10 @@ def encode_output(output: RequestOutput) -> tuple[Any, ...]:
     )
 
 
-def decode_output(request: Request, record: tuple[Any, ...]) -> RequestOutput:
-    """The output of `request`."""
+def decode_output(request: Request | PoolingRequest, record: tuple[Any, ...]) -> Any:
+    """The output of `request`: a `RequestOutput`, or a `PoolingOutput`."""
+    if isinstance(request, PoolingRequest):
+        return decode_pooling_output(request, record)
     answers, usage, metrics, prompt_logprobs = record
     request.metrics = RequestMetrics(*metrics)
     return RequestOutput(

@@ -1,4 +1,4 @@
-"""The child process: a `LocalHost` that takes its orders from a socket.
+"""The child process: a `LoopHost` that takes its orders from a socket.
 
     main thread      reads orders: submit, abort, stream, reset, stats, drain; the end of the stream
                      (parent closed or gone) ends this process at once
@@ -27,11 +27,11 @@ from engine.loop import refusal_for_caller
 from engine.outputs import Delta, RequestOutput
 from engine.placement.channel import MessageReader
 from engine.placement.outbox import Outbox
-from engine.placement.wire import SubmitRecord, decode_request, encode_error
+from engine.placement.wire import AnyRecord, decode_request, encode_error
 
 if TYPE_CHECKING:
-    from engine.core.request import Request
-    from engine.placement.local import LocalHost
+    from engine.placement.host import AnyRequest
+    from engine.placement.local import LoopHost
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class _Sink:
 
     __slots__ = ("_number", "_outbox", "_requests")
 
-    def __init__(self, number: int, outbox: Outbox, requests: dict[int, Request]) -> None:
+    def __init__(self, number: int, outbox: Outbox, requests: dict[int, AnyRequest]) -> None:
         self._number = number
         self._outbox = outbox
         self._requests = requests
@@ -82,8 +82,8 @@ class _Worker:
     def __init__(self, sock: socket.socket) -> None:
         self._reader = MessageReader(sock)
         self._outbox = Outbox(sock)
-        self._requests: dict[int, Request] = {}
-        self._host: LocalHost | None = None
+        self._requests: dict[int, AnyRequest] = {}
+        self._host: LoopHost | None = None
 
     def serve(self) -> None:
         """Follow orders until the parent has no more."""
@@ -104,7 +104,7 @@ class _Worker:
         self._outbox.send("hello")
         threading.Thread(target=self._live, args=(config,), name="engine-life").start()
 
-    def _do_submit(self, records: list[SubmitRecord]) -> None:
+    def _do_submit(self, records: list[AnyRecord]) -> None:
         pairs = []
         for record in records:
             request = decode_request(record)
@@ -140,7 +140,7 @@ class _Worker:
         ).start()
 
     @property
-    def _engine(self) -> LocalHost:
+    def _engine(self) -> LoopHost:
         assert self._host is not None, "the parent waits for 'ready' before it gives orders"
         return self._host
 
@@ -149,9 +149,9 @@ class _Worker:
     def _live(self, config: EngineConfig) -> None:
         try:
             # torch is first imported here, so that the main thread hears the parent meanwhile.
-            from engine.placement.local import LocalHost
+            from engine.placement.local import start_loop_host
 
-            host = self._host = LocalHost(config, self._outbox.flush)
+            host = self._host = start_loop_host(config, self._outbox.flush)
         except BaseException as error:
             self._outbox.finish("failed", encode_error(error))
             os._exit(1)

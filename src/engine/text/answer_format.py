@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
@@ -22,6 +22,8 @@ from engine.text.tool_parsers import TOOL_PARSERS, choose_tool_parser, make_tool
 
 # What templates call the switch for reasoning: Qwen3, SmolLM3, Gemma 4; Granite, DeepSeek V3.1.
 _SWITCHES = ("enable_thinking", "thinking")
+MAX_REMEMBERED = 64
+"""Chat templates whose conventions an engine remembers."""
 _EFFORTS = ("low", "medium", "high")
 
 
@@ -202,6 +204,39 @@ class AnswerFormat:
         if tools is None:
             return None if splitter is None else AnswerReader(splitter, None)
         return AnswerReader(splitter, make_tool_parser(name, tools))
+
+
+class AnswerFormats:
+    """The formats of one model, by template and parsers; made when first asked for. Thread-safe.
+
+    Args:
+        model_type: As in the model's config.json.
+    """
+
+    def __init__(self, model_type: str | None) -> None:
+        self._model_type = model_type
+        self._known: dict[tuple[str | None, str, str], AnswerFormat] = {}
+
+    def get(
+        self,
+        source: str | None,
+        tool_parser: str,
+        reasoning_parser: str,
+        template: Callable[[str | None], ChatTemplate],
+    ) -> AnswerFormat:
+        """The format for the template that `template(source)` makes; 64 are remembered."""
+        key = (source, tool_parser, reasoning_parser)
+        known = self._known.get(key)
+        if known is None:
+            known = AnswerFormat(
+                template(source),
+                self._model_type,
+                tool_parser=tool_parser,
+                reasoning_parser=reasoning_parser,
+            )
+            if len(self._known) < MAX_REMEMBERED:
+                self._known[key] = known
+        return known
 
 
 def check_parser_names(tool_parser: str, reasoning_parser: str) -> None:

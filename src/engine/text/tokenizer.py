@@ -10,6 +10,7 @@ from engine.errors import RequestError
 from engine.text.added_tokens import AddedTokenInfo
 from engine.text.gguf_tokenizer import parts_from_gguf_metadata
 from engine.text.reference_encoder import ReferenceEncoder
+from engine.text.text_template import TextTemplate
 from engine.text.tiktoken_encoder import NotProvenError, TiktokenEncoder
 from engine.text.token_pieces import TokenPieces, build_token_pieces
 from engine.text.tokenizer_files import parts_from_folder
@@ -149,6 +150,10 @@ class Tokenizer:
         if is_first or self._fast is not None:
             return self._encode(text, parse_special=False)
         return self._reference.encode_continuation(text)
+
+    def template(self) -> TextTemplate:
+        """What is put around one text and around a pair of texts."""
+        return TextTemplate.of(self._reference.backend, self._prefix_ids, self._suffix_ids)
 
     def with_added_bos(self, token_ids: list[int]) -> list[int]:
         """`token_ids` after what the post-processor puts first (BOS), unless they begin with it."""

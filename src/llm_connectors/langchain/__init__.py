@@ -4,6 +4,8 @@
 - `LocalLLM`: text completion with raw prompts.
 - `register_model`, `unregister_model`: models that a call may choose by name.
 - `register`: lets LangChain's `init_chat_model` make a `ChatLocal`.
+- `LocalEmbeddings`: vectors of texts.
+- `LocalRerank`: a document compressor and cross-encoder.
 - `errors`: classes that are both the engine's and LangChain's.
 """
 
@@ -17,13 +19,25 @@ from llm_connectors.langchain._registration import register
 
 if TYPE_CHECKING:
     from llm_connectors.langchain.chat_models import ChatLocal
+    from llm_connectors.langchain.embeddings import LocalEmbeddings
     from llm_connectors.langchain.llms import LocalLLM
+    from llm_connectors.langchain.rerank import LocalRerank
 
-__all__ = ["ChatLocal", "LocalLLM", "register", "register_model", "unregister_model"]
+__all__ = [
+    "ChatLocal",
+    "LocalEmbeddings",
+    "LocalLLM",
+    "LocalRerank",
+    "register",
+    "register_model",
+    "unregister_model",
+]
 
 _LAZY = {
     "ChatLocal": "llm_connectors.langchain.chat_models",
+    "LocalEmbeddings": "llm_connectors.langchain.embeddings",
     "LocalLLM": "llm_connectors.langchain.llms",
+    "LocalRerank": "llm_connectors.langchain.rerank",
 }
 """Names whose modules load langchain-core; importing the package stays cheap."""
 

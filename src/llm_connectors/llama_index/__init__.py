@@ -1,12 +1,13 @@
 """LlamaIndex classes over the in-process engine.
 
-Importing this package tells LlamaIndex's `load_llm` about `LocalLLM`; it changes nothing else and
-loads no model.
+Importing this package tells LlamaIndex's `load_llm` about `LocalLLM` and its `load_embed_model`
+about `LocalEmbedding`; it changes nothing else and loads no model.
 """
 
 from __future__ import annotations
 
 try:
+    from llama_index.core.embeddings.loading import RECOGNIZED_EMBEDDINGS
     from llama_index.core.llms.loading import RECOGNIZED_LLMS
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "llama_index":
@@ -18,6 +19,7 @@ except ModuleNotFoundError as error:
     raise ImportError(msg) from error
 
 from llm_connectors.llama_index.batched import batched
+from llm_connectors.llama_index.embedding import LocalEmbedding
 from llm_connectors.llama_index.errors import (
     ConfigError,
     ConstraintError,
@@ -32,6 +34,7 @@ from llm_connectors.llama_index.extractors import ExtractorGroup, TitleExtractor
 from llm_connectors.llama_index.llm_rerank import LLMRerank
 from llm_connectors.llama_index.local_llm import LocalLLM
 from llm_connectors.llama_index.queries import aquery_many, query_many
+from llm_connectors.llama_index.rerank import LocalRerank
 from llm_connectors.llama_index.settings import configure_settings, offline_sentence_splitter
 from llm_connectors.llama_index.shared_prefix import with_shared_prefix
 
@@ -42,7 +45,9 @@ __all__ = [
     "ExtractorGroup",
     "ForeignProcessError",
     "LLMRerank",
+    "LocalEmbedding",
     "LocalLLM",
+    "LocalRerank",
     "NoToolCallError",
     "RequestError",
     "StructuredOutputError",
@@ -57,3 +62,4 @@ __all__ = [
 ]
 
 RECOGNIZED_LLMS[LocalLLM.class_name()] = LocalLLM
+RECOGNIZED_EMBEDDINGS[LocalEmbedding.class_name()] = LocalEmbedding

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llama_index.core.base.llms.generic_utils import (
@@ -28,11 +25,12 @@ from llm_connectors._params import (
     memoised,
     resolve_aliases,
 )
-from llm_connectors._runtime import EngineLease, lease_for
+from llm_connectors._runtime import lease_for
+from llm_connectors.llama_index.engine_component import EngineComponent
 from llm_connectors.llama_index.errors import ERRORS
 from llm_connectors.llama_index.metadata import build_metadata
 from llm_connectors.llama_index.options import REQUEST_NAMES, RequestOptions, request_options
-from llm_connectors.llama_index.pickling import home_process, remember, remembered, unpickled
+from llm_connectors.llama_index.pickling import remember
 from llm_connectors.llama_index.prompts import PreparedPrompts, PromptBuilder, fit_window
 from llm_connectors.llama_index.requests import PendingAnswer
 
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from engine import Engine
 
 
-class EngineBackedLLM(SamplingFields, FunctionCallingLLM):
+class EngineBackedLLM(SamplingFields, EngineComponent, FunctionCallingLLM):
     """Base of `LocalLLM`: its fields, its engine, and how a call becomes a submitted request.
 
     Raises:
@@ -104,7 +102,6 @@ class EngineBackedLLM(SamplingFields, FunctionCallingLLM):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further `engine.EngineConfig` fields by name: `dtype`, `max_model_len`, `device`, ..."""
 
-    _lease: EngineLease = PrivateAttr()
     _metadata: tuple[Any, LLMMetadata] | None = PrivateAttr(default=None)
     _options_memo: Memo[RequestOptions] | None = PrivateAttr(default=None)
 
@@ -133,61 +130,6 @@ class EngineBackedLLM(SamplingFields, FunctionCallingLLM):
         with ERRORS.converting():
             check_parser_names(self.tool_parser, self.reasoning_parser)
         self._options({})
-
-    # ------------------------------------------------------------------ the engine
-
-    @property
-    def engine(self) -> Engine:
-        """The running engine; loads the model on first use, which may take minutes."""
-        with ERRORS.converting():
-            return self._lease.get()
-
-    def load(self) -> Self:
-        """Load the model now unless it is loaded; returns the object itself."""
-        _ = self.engine
-        return self
-
-    async def aload(self) -> Self:
-        """`load` without blocking the event loop. Await it before serving requests."""
-        await self._aengine()
-        return self
-
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Give the engine back; its memory is freed when nobody else uses it. Idempotent.
-
-        A later request loads the model again. An engine passed as `engine=` is left running.
-
-        Args:
-            drain: Let running requests finish first, should the engine close now.
-            timeout: Seconds to wait for them at most.
-        """
-        self._lease.close(drain=drain, timeout=timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return await self.aload()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await asyncio.to_thread(self.close)
-
-    async def _aengine(self) -> Engine:
-        with ERRORS.converting():
-            return await self._lease.aget()
 
     # ------------------------------------------------------------------ what it can do
 
@@ -337,34 +279,3 @@ class EngineBackedLLM(SamplingFields, FunctionCallingLLM):
         sibling = self.model_copy(update={"additional_kwargs": kept, **options})
         sibling._options({})
         return sibling
-
-    def __copy__(self) -> Self:
-        clone = super().__copy__()
-        clone._lease = copy.copy(self._lease)
-        return clone
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy with fields of its own. The engine and the observers are shared."""
-        clone = self.__copy__()
-        memo = {} if memo is None else memo
-        memo[id(self)] = clone
-        shared = ("callback_manager", "rate_limiter")
-        for name, value in self.__dict__.items():
-            if name not in shared:
-                clone.__dict__[name] = copy.deepcopy(value, memo)
-        return clone
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """The options, not the engine. Callback manager and rate limiter stay in this process."""
-        left_out = ("callback_manager", "rate_limiter")
-        fields = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return (unpickled, (type(self), fields, home_process(self._lease)))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """The object that `to_dict` described, on the engine that already runs for it."""
-        llm = super().from_dict(data, **kwargs)
-        known = remembered(llm._lease.config)
-        if known is not None:
-            llm._lease = known
-        return llm

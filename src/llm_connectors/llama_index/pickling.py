@@ -20,20 +20,21 @@ from llm_connectors.llama_index.errors import ForeignProcessError
 
 if TYPE_CHECKING:
     from engine import Engine, EngineConfig
-    from llm_connectors.llama_index.base import EngineBackedLLM
+    from llm_connectors.llama_index.engine_component import EngineComponent
 
 
 class ForeignLease(EngineLease):
     """A lease that came from another process and finds no engine here."""
 
-    __slots__ = ("home_pid",)
+    __slots__ = ("home_pid", "owner")
 
-    def __init__(self, model: str, options: dict[str, Any], home_pid: int) -> None:
+    def __init__(self, model: str, options: dict[str, Any], home_pid: int, owner: str) -> None:
         super().__init__(model, options)
         self.home_pid = home_pid
+        self.owner = owner
 
     def __copy__(self) -> ForeignLease:
-        return ForeignLease(self.config.model, self.options, self.home_pid)
+        return ForeignLease(self.config.model, self.options, self.home_pid, self.owner)
 
     def get(self) -> Engine:
         """Never an engine.
@@ -42,10 +43,10 @@ class ForeignLease(EngineLease):
             ForeignProcessError: Always.
         """
         msg = (
-            f"This LocalLLM({self.config.model!r}) was pickled in process {self.home_pid} and is "
-            f"used in process {os.getpid()}, which would load the model again. Run the work in "
+            f"This {self.owner}({self.config.model!r}) was pickled in process {self.home_pid} and "
+            f"is used in process {os.getpid()}, which would load the model again. Run the work in "
             "threads or coroutines of one process (num_workers of an extractor, not of "
-            "IngestionPipeline.run), or make a new LocalLLM here on purpose."
+            "IngestionPipeline.run), or make a new one here on purpose."
         )
         raise ForeignProcessError(msg)
 
@@ -75,9 +76,10 @@ def home_process(lease: EngineLease) -> int:
     return lease.home_pid if isinstance(lease, ForeignLease) else os.getpid()
 
 
-def unpickled(cls: type[EngineBackedLLM], fields: dict[str, Any], home_pid: int) -> EngineBackedLLM:
+def unpickled(cls: type[EngineComponent], fields: dict[str, Any], home_pid: int) -> EngineComponent:
     """The object described by `fields`, on the same engine if that runs in this process."""
-    llm = cls.from_dict(fields)
+    component = cls.from_dict(fields)
     if home_pid != os.getpid():
-        llm._lease = ForeignLease(llm._lease.config.model, llm._lease.options, home_pid)
-    return llm
+        lease = component._lease
+        component._lease = ForeignLease(lease.config.model, lease.options, home_pid, cls.__name__)
+    return component

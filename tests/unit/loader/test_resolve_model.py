@@ -222,16 +222,16 @@ def test_packaged_model_is_not_imported(demo_gguf: Path) -> None:
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert find_packaged(PackagedModel("no_such_package_here", "x.gguf", "a/b")) is None
-    assert find_packaged(PackagedModel("engine", "no_such_file.gguf", "a/b")) is None
+    assert find_packaged(PackagedModel("no_such_package_here", "no-such", "x.gguf", "a/b")) is None
+    assert find_packaged(PackagedModel("engine", "e", "no_such_file.gguf", "a/b")) is None
     monkeypatch.setitem(sys.modules, "by_hand", type(sys)("by_hand"))
-    assert find_packaged(PackagedModel("by_hand", "x.gguf", "a/b")) is None
+    assert find_packaged(PackagedModel("by_hand", "b", "x.gguf", "a/b")) is None
 
 
 def test_without_its_package_the_demo_model_is_a_hub_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    absent = PackagedModel("no_such_package_here", "x.gguf", "some/where")
+    absent = PackagedModel("no_such_package_here", "no-such", "x.gguf", "some/where")
     monkeypatch.setattr(resolve, "PACKAGED_MODELS", {"smollm2-135m": absent})
     with pytest.raises(ModelNotFoundError) as caught:
         resolve_model("smollm2-135m", local_files_only=True)

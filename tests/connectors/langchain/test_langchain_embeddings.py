@@ -1,0 +1,222 @@
+"""`LocalEmbeddings`: LangChain's own suites on real weights, and what they do not ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core import exceptions as core
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+from pydantic import ValidationError
+from tiny_encoders import write_encoder, write_layout
+
+import engine
+from engine import Engine
+from llm_connectors.langchain import LocalEmbeddings
+from llm_connectors.langchain.errors import ContextOverflowError, RequestError
+
+ENGINE_KWARGS = {"device": "cpu", "num_threads": 1}
+TEXTS = ["one text", "another, longer text", "one text"]
+
+
+@pytest.fixture(scope="module")
+def one_engine(embedding_model: str) -> Iterator[None]:
+    """Keeps the suite's engine loaded from test to test."""
+    shared = Engine.shared(embedding_model, **ENGINE_KWARGS)
+    yield
+    shared.close()
+
+
+@pytest.mark.embedding_model
+class TestStandardUnit(EmbeddingsUnitTests):
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return LocalEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "all-minilm-l6-v2", "engine_kwargs": ENGINE_KWARGS}
+
+
+@pytest.mark.embedding_model
+@pytest.mark.usefixtures("one_engine")
+class TestStandardIntegration(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return LocalEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "all-minilm-l6-v2", "engine_kwargs": ENGINE_KWARGS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("embedder")
+    write_encoder(path)
+    write_layout(path, prompts={"query": "q: ", "document": "d: "}, max_seq_length=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def eng(folder: Path) -> Iterator[Engine]:
+    with Engine(str(folder), **ENGINE_KWARGS) as engine:
+        yield engine
+
+
+@pytest.fixture
+def embeddings(eng: Engine) -> LocalEmbeddings:
+    return LocalEmbeddings(engine=eng)
+
+
+async def test_queries_and_documents_have_their_prompts(
+    embeddings: LocalEmbeddings, eng: Engine
+) -> None:
+    documents = embeddings.embed_documents(TEXTS)
+    assert documents == eng.embed(["d: " + text for text in TEXTS], prompt="").tolist()
+    assert await embeddings.aembed_documents(TEXTS) == documents
+    query = embeddings.embed_query("one text")
+    assert query == eng.embed("q: one text", prompt="").tolist()
+    assert await embeddings.aembed_query("one text") == query
+    assert embeddings.embed_documents([]) == []
+    own = LocalEmbeddings(engine=eng, query_prompt="d: ", document_prompt="q: ")
+    assert own.embed_query("one text") == documents[0]
+    assert own.embed_documents(["one text"]) == [query]
+
+
+def test_options_reach_the_engine(eng: Engine) -> None:
+    raw = LocalEmbeddings(engine=eng, normalize=False, dimensions=8)
+    assert raw.embed_query("x") == eng.embed("q: x", normalize=False, dimensions=8).tolist()
+    cut = LocalEmbeddings(engine=eng, on_overflow="truncate")
+    assert cut.embed_query("x " * 300)
+
+
+def test_a_list_is_one_submission_and_calls_share_batches(
+    embeddings: LocalEmbeddings, eng: Engine
+) -> None:
+    before = eng.stats().requests_finished
+    embeddings.embed_documents([f"text {n}" for n in range(300)])
+    assert eng.stats().requests_finished == before + 1
+
+    async def main() -> None:
+        await asyncio.gather(*(embeddings.aembed_query(f"text {n}") for n in range(50)))
+
+    steps = eng.stats().steps
+    asyncio.run(main())
+    assert eng.stats().steps - steps < 40
+
+
+async def test_the_event_loop_goes_on(embeddings: LocalEmbeddings) -> None:
+    """A heartbeat beside a list that takes a second to tokenize and embed."""
+    longest = 0.0
+    is_over = False
+
+    async def beat() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        while not is_over:
+            started_s = loop.time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, loop.time() - started_s)
+
+    heart = asyncio.create_task(beat())
+    texts = [f"{n} {'word ' * 10}" for n in range(4000)]
+    vectors = await embeddings.aembed_documents(texts)
+    is_over = True
+    await heart
+    assert len(vectors) == 4000
+    assert longest < 0.25
+
+
+async def test_cancelling_drops_what_has_not_run(embeddings: LocalEmbeddings, eng: Engine) -> None:
+    texts = [f"{n} {'word ' * 10}" for n in range(6000)]
+    for delay_s in (0.0, 0.2):  # while it is tokenized, and while it runs
+        task = asyncio.create_task(embeddings.aembed_documents(texts))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await embeddings.aembed_query("behind them")
+    for _ in range(200):
+        if not eng.stats().waiting and not eng.stats().running:
+            break
+        await asyncio.sleep(0.05)
+    assert (eng.stats().waiting, eng.stats().running) == (0, 0)
+
+
+def test_errors_are_langchains_too(eng: Engine, embeddings: LocalEmbeddings) -> None:
+    with pytest.raises(ContextOverflowError) as caught:
+        embeddings.embed_documents(["x " * 300])
+    assert isinstance(caught.value, core.ContextOverflowError)
+    assert isinstance(caught.value, engine.ContextOverflowError)
+    with pytest.raises(RequestError):
+        embeddings.embed_documents([3])  # type: ignore[list-item]
+    with pytest.raises(engine.RequestTimeoutError) as late:
+        LocalEmbeddings(engine=eng, timeout=0.001).embed_documents(
+            [f"{n} word" for n in range(3000)]
+        )
+    assert isinstance(late.value, core.ModelTimeoutError)
+
+
+async def test_timeout_of_async_calls(eng: Engine) -> None:
+    texts = [f"{n} word" for n in range(3000)]
+    with pytest.raises(engine.RequestTimeoutError):
+        await LocalEmbeddings(engine=eng, timeout=0.001).aembed_documents(texts)
+
+
+def test_a_model_that_generates_says_what_to_do(tiny_engine: Engine) -> None:
+    with pytest.raises(RequestError, match="load it with task='embed'"):
+        LocalEmbeddings(engine=tiny_engine).embed_query("x")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"modell": "x"}, "Did you mean 'model'"),
+        ({}, "No model given"),
+        ({"model": "x", "on_overflow": "cut"}, "on_overflow='cut'"),
+        ({"model": "x", "dimensions": 0}, "dimensions"),
+        ({"model": "x", "engine_kwargs": {"dtyp": "x"}}, "Did you mean 'dtype'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        LocalEmbeddings(**options)
+
+
+def test_sharing_copies_and_pickles(folder: Path) -> None:
+    first = LocalEmbeddings(model=str(folder), engine_kwargs=ENGINE_KWARGS)
+    assert not first._lease.is_loaded
+    first.load()
+    second = LocalEmbeddings(model_name=str(folder), engine_kwargs=ENGINE_KWARGS)
+    clones = [second, copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
+    vector = first.embed_query("x")
+    for clone in clones:
+        assert clone.embed_query("x") == vector
+        assert clone._engine() is first._engine()
+    shared = first._engine()
+    for one in (first, *clones):
+        one.close()
+    assert shared.is_closed
+    assert first.embed_query("x") == vector
+    first.close()
+
+
+def test_a_vector_store(embeddings: LocalEmbeddings) -> None:
+    store = InMemoryVectorStore(embeddings)
+    texts = [f"a text on the letter {letter}" for letter in "abcdefghijklmnopq"]
+    store.add_texts(texts)
+    [(best, score)] = store.similarity_search_with_score("the letter g", k=1)
+    vectors = np.array(embeddings.embed_documents(texts))
+    nearest = int(np.argmax(vectors @ np.array(embeddings.embed_query("the letter g"))))
+    assert best.page_content == texts[nearest]
+    assert score <= 1.0001
