@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import engine.errors
+from engine.constraints.compiler import ConstraintCompiler
 from engine.core.pooling_request import PoolingRequest
 from engine.core.request import Request
 from engine.errors import EngineError
@@ -75,8 +76,11 @@ def encode_request(number: int, request: Request | PoolingRequest) -> AnyRecord:
     )
 
 
-def decode_request(record: AnyRecord) -> Request | PoolingRequest:
-    """The request as it was, but for the prompt's text. The monotonic clock is the machine's."""
+def decode_request(record: AnyRecord, compiler: ConstraintCompiler) -> Request | PoolingRequest:
+    """The request as it was, but for the prompt's text. The monotonic clock is the machine's.
+
+    Constraints are compiled on either side: their objects cannot travel.
+    """
     if isinstance(record, PoolingRecord):
         return decode_pooling_request(record)
     request = Request(
@@ -89,6 +93,7 @@ def decode_request(record: AnyRecord) -> Request | PoolingRequest:
         priority=record.priority,
         cache_salt=record.cache_salt,
         bad_words_ids=record.bad_words_ids,
+        constraint=compiler.compile(record.params),
         metrics=RequestMetrics(arrival_s=record.arrival_s),
     )
     request.prompt_array()

@@ -93,7 +93,11 @@ class CapturedSteps:
         self._samplings: dict[tuple[int, SamplerVariant], CapturedGraph] = {}
 
     def launch(
-        self, batch: ScheduledBatch, table: SequenceTable, variant: SamplerVariant
+        self,
+        batch: ScheduledBatch,
+        table: SequenceTable,
+        variant: SamplerVariant,
+        before_sampling: Callable[[], None] | None = None,
     ) -> StepTicket:
         """Queue one step.
 
@@ -101,6 +105,7 @@ class CapturedSteps:
             batch: Any step without prompt log probabilities.
             table: For token ids and new blocks.
             variant: What the sampling sequences need, or more.
+            before_sampling: Host work that the sampling waits for, and the forward does not.
         """
         is_pure_decode = batch.num_tokens == batch.num_seqs
         if is_pure_decode:
@@ -114,6 +119,8 @@ class CapturedSteps:
         if not self._slots.write(batch, table, rows, words):
             self._slots.apply_updates(batch.block_updates)
         self._launcher.launch(forward)
+        if before_sampling is not None:
+            before_sampling()
         self._launcher.launch(sampling)
         return self._slots.count_launch()
 
