@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.constraints.compiler import ConstraintCompiler
 from engine.core.capacity import CapacityLimits
 from engine.core.request import Request
 from engine.core.request import Sequence as TokenSequence
@@ -48,6 +49,7 @@ class RequestFactory:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(text.eos_token_ids)
         self._base_seed = base_seed
+        self._compiler = ConstraintCompiler(text.tokenizer, vocab_size, text.eos_token_ids)
         self._seed_numbers = itertools.count()
 
     def make(
@@ -74,6 +76,7 @@ class RequestFactory:
 
         Raises:
             RequestError: Prompt or options are malformed.
+            ConstraintError: The constraint cannot be enforced, or not within `max_tokens`.
             ContextOverflowError: Prompt and answer exceed the context.
             CapacityError: They exceed the KV cache.
         """
@@ -99,8 +102,11 @@ class RequestFactory:
             priority=priority,
             cache_salt=cache_salt,
             bad_words_ids=self._bad_words_ids(params),
+            constraint=self._compiler.compile(params),
             metrics=RequestMetrics(arrival_s=arrival_s),
         )
+        if request.constraint is not None:
+            request.constraint.check_room(max_total_tokens - len(token_ids))
         add_sequences(request)
         return request
 
@@ -179,11 +185,15 @@ class RequestFactory:
 
 def add_sequences(request: Request) -> None:
     """Give a new request its `n` sequences."""
-    is_host_synced = needs_host_sync(request.bad_words_ids)
+    is_host_synced = needs_host_sync(request.bad_words_ids) or request.constraint is not None
     request.sequences = [
         TokenSequence(request, index, needs_host_sync=is_host_synced)
         for index in range(request.params.n)
     ]
+    if request.constraint is not None:
+        max_tokens = request.max_total_tokens - request.num_prompt_tokens
+        for seq in request.sequences:
+            seq.constraint = request.constraint.start(request.params, max_tokens)
 
 
 def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import ConstraintError, RequestError, nearest_name_hint
+from engine.constraints.spec import (
+    CONSTRAINT_FIELDS,
+    JSON_WHITESPACE,
+    ConstraintSpec,
+    check_one_constraint,
+    checked_choice,
+    checked_json_schema,
+    checked_text,
+)
+from engine.errors import RequestError, nearest_name_hint
 
-_CONSTRAINT_FIELDS = ("json_schema", "regex", "choice", "grammar")
 MAX_LOGPROBS = 1024
 """Most alternatives `logprobs` and `prompt_logprobs` may ask for; bounds the copy to the host."""
 
@@ -47,14 +56,24 @@ class SamplingParams:
         prompt_logprobs: The same for each prompt token. Switches prefix-cache reads off for the
             request, because cached tokens have no logits.
         skip_special_tokens: Leave control tokens out of the text.
-        json_schema: JSON schema (dict or str) the answer must fit. Not available yet.
-        regex: Regular expression the answer must match. Not available yet.
-        choice: Strings of which the answer is one. Not available yet.
-        grammar: EBNF or Lark grammar of the answer. Not available yet.
+        json_schema: JSON schema the answer must fit: a dict, or JSON text, as which it is kept.
+            At most one of this and the next three may be set. Whether it can be enforced is found
+            out at submit; how near `max_tokens` an answer is completed says docs/CONSTRAINTS.md.
+        regex: Regular expression the whole answer must match, in the syntax of Rust's regex crate:
+            no look-around, no back-references.
+        choice: Strings of which the answer is one.
+        grammar: Grammar of the answer: Lark as llguidance reads it, or EBNF with `root ::= …` as
+            llama.cpp does. Lark may contain `%json {schema}`, `/regex/` and control tokens, which
+            stand for the token itself: `start: <|tool_call|> %json {"type": "object"}`. Free text
+            up to an opener is a lazy rule; docs/CONSTRAINTS.md shows tool calls.
+        json_whitespace: Between the values of an answer with a `json_schema`. "spaced", the
+            default: one space after each comma and colon, as `json.dumps` writes; "compact": none;
+            "flexible": as the model likes, at most 20 characters at a place. Small models fill an
+            answer with white space where they may, so it is not the default.
 
     Raises:
         RequestError: A value has the wrong type or is out of range; the message names both.
-        ConstraintError: One of the four constraint fields is set; they come in a later version.
+        ConstraintError: Two constraints are set, or one is malformed.
     """
 
     n: int = 1
@@ -81,6 +100,7 @@ class SamplingParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    json_whitespace: str = "spaced"
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, 128)
@@ -114,13 +134,21 @@ class SamplingParams:
         self._freeze("bad_words", _strings("bad_words", self.bad_words))
         self._freeze("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         self._freeze("logit_bias", _logit_bias(self.logit_bias))
-        for name in _CONSTRAINT_FIELDS:
-            if getattr(self, name) is not None:
-                msg = (
-                    f"{name}=… asks for constrained decoding, which this version does not have "
-                    "yet. Leave it out, or ask for the format in the prompt and check the answer."
-                )
-                raise ConstraintError(msg)
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        if self.json_whitespace not in JSON_WHITESPACE:
+            msg = f"json_whitespace={self.json_whitespace!r} must be one of {JSON_WHITESPACE}."
+            raise RequestError(msg)
+        fields = {name: getattr(self, name) for name in CONSTRAINT_FIELDS}
+        check_one_constraint(fields)
+        if self.json_schema is not None:
+            self._freeze("json_schema", checked_json_schema(self.json_schema))
+        if self.choice is not None:
+            self._freeze("choice", checked_choice(self.choice))
+        for name in ("regex", "grammar"):
+            if fields[name] is not None:
+                self._freeze(name, checked_text(name, fields[name]))
 
     def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -141,6 +169,16 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
         )
+
+    @property
+    def constraint(self) -> ConstraintSpec | None:
+        """The one constraint that is set, if any."""
+        for kind in CONSTRAINT_FIELDS:
+            value = getattr(self, kind)
+            if value is not None:
+                source = json.dumps(value) if kind == "choice" else value
+                return ConstraintSpec(kind, source, self.json_whitespace)
+        return None
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -110,16 +110,19 @@ class SamplingFields(BaseModel):
     """Leave control tokens out of the text."""
 
     json_schema: Mapping[str, Any] | str | None = _default("json_schema")
-    """JSON schema the answer must fit; an error as long as the engine cannot enforce it."""
+    """JSON schema the answer must fit: a dict or JSON text; excludes the next three."""
 
     regex: str | None = _default("regex")
-    """Regular expression the answer must match; an error likewise."""
+    """Regular expression the whole answer must match."""
 
     choice: Sequence[str] | None = _default("choice")
-    """Strings of which the answer is one; an error likewise."""
+    """Strings of which the answer is one."""
 
     grammar: str | None = _default("grammar")
-    """Grammar of the answer; an error likewise."""
+    """Lark or EBNF grammar of the answer."""
+
+    json_whitespace: str = _default("json_whitespace")
+    """White space in an answer with a `json_schema`: "spaced", "compact" or "flexible"."""
 
     def sampling_values(self) -> dict[str, Any]:
         """Every sampling field by name."""

@@ -16,7 +16,6 @@ from engine import (
     CapacityError,
     CheckpointError,
     ConfigError,
-    ConstraintError,
     ContextOverflowError,
     Engine,
     EngineError,
@@ -147,12 +146,6 @@ def test_nul_and_strange_text_are_text(eng: Engine) -> None:
 def test_bad_sampling_params(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message.replace("?", r"\?")):
         SamplingParams.from_kwargs(**options)
-
-
-@pytest.mark.parametrize("name", ["json_schema", "regex", "choice", "grammar"])
-def test_constraints_say_that_they_are_not_there_yet(name: str) -> None:
-    with pytest.raises(ConstraintError, match=f"{name}=.*not have yet"):
-        SamplingParams.from_kwargs(**{name: "x"})
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "we
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
     """What Triton makes of a bf16 attention kernel."""
+    kernel = kernel.jit
     names = kernel.arg_names
     signature = {}
     for name in names:

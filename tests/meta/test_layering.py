@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"layers", "kernels"},
     "text": set(),
     "loader": set(),
-    "core": {"text"},
-    "runner": {"core", "models", "kernels", "loader"},
+    "constraints": {"text"},
+    "core": {"text", "constraints"},
+    "runner": {"core", "constraints", "models", "kernels", "loader"},
 }
 ROOMS = set(ALLOWED)
 TOP_ONLY = {

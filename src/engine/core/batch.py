@@ -147,6 +147,7 @@ class CompletedStep:
             order. `Scheduler.output_tokens(seq, start)` has it; the row is the key into
             `StepOutput.logprobs`.
         first_tokens: Sequences whose first new token this step has brought.
+        failed: Sequences whose constraint cannot go on; still running, the caller has to end them.
         num_new_tokens: Tokens sampled for live sequences, watched or not.
     """
 
@@ -154,4 +155,5 @@ class CompletedStep:
     finished: list[SequenceRow] = field(default_factory=list)
     watched: list[SequenceRow] = field(default_factory=list)
     first_tokens: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
     num_new_tokens: int = 0

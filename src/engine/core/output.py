@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.request import Request, Sequence, SequenceStatus
-from engine.errors import StepError
+from engine.errors import ConstraintError, EngineError, StepError
 from engine.handle import RequestSink, Wakeups
 from engine.outputs import (
     CompletionOutput,
@@ -237,6 +237,10 @@ class OutputProcessor:
         self._take_prompt_logprobs(batch, output)
         without_token = self._sequences_without_token(batch, output)
         completed = self._scheduler.complete(batch, output.token_ids)
+        for seq in without_token:
+            self._fail(seq.request, _no_token(seq))
+        for seq in completed.failed:
+            self._fail(seq.request, _constraint_failed(seq))
         for seq in completed.first_tokens:
             if seq.request.metrics.first_token_s is None:
                 seq.request.metrics.first_token_s = now_s
@@ -270,13 +274,6 @@ class OutputProcessor:
                 self._take_new_tokens(entry.answers[seq.index])
                 self._emit(entry, entry.answers[seq.index])
                 self.publish_if_touched(entry)
-        for seq in without_token:
-            msg = (
-                f"The model gave request {seq.request.request_id} no finite logits "
-                f"({seq.num_tokens} tokens in). The weights, or the dtype, cannot compute this "
-                "prompt: try dtype='float32'."
-            )
-            self._fail(seq.request, StepError(msg))
         return completed.num_new_tokens
 
     def _sequences_without_token(self, batch: ScheduledBatch, output: StepOutput) -> list[Sequence]:
@@ -306,8 +303,11 @@ class OutputProcessor:
             answer.detokenizer = IncrementalDetokenizer(
                 self._tokenizer, skip_special_tokens=seq.request.params.skip_special_tokens
             )
+        # A complete constraint ends an answer too, without such a token.
         ends_with_stop_token = (
-            seq.finish_reason == "stop" and not seq.request.params.include_stop_str_in_output
+            seq.finish_reason == "stop"
+            and new[-1] in seq.request.stop_token_ids
+            and not seq.request.params.include_stop_str_in_output
         )
         if ends_with_stop_token:
             new = new[:-1]
@@ -436,3 +436,26 @@ class OutputProcessor:
                 text = "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
                 found[token_id] = Logprob(value, rank, text)
         return found
+
+
+def _no_token(seq: Sequence) -> EngineError:
+    """Why nothing could be sampled."""
+    if seq.constraint is not None:
+        return ConstraintError(
+            f"After {seq.num_tokens - seq.request.num_prompt_tokens} tokens of request "
+            f"{seq.request.request_id}, min_tokens, logit_bias or bad_words bar every token that "
+            f"its constraint allows. Relax one of them."
+        )
+    return StepError(
+        f"The model gave request {seq.request.request_id} no finite logits "
+        f"({seq.num_tokens} tokens in). The weights, or the dtype, cannot compute this "
+        "prompt: try dtype='float32'."
+    )
+
+
+def _constraint_failed(seq: Sequence) -> EngineError:
+    assert seq.constraint is not None, "only a constraint can fail"
+    return ConstraintError(
+        f"The constraint of request {seq.request.request_id} cannot go on: "
+        f"{seq.constraint.error.strip()} Simplify it, or raise the request's max_tokens."
+    )

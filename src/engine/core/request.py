@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.outputs import FinishReason, RequestMetrics, TokenLogprobs
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.constraints.compiler import CompiledConstraint
+    from engine.constraints.sequence import SequenceConstraint
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -38,6 +43,7 @@ class Request:
         priority: Smaller runs sooner; equal ones first come, first served.
         cache_salt: Requests with different salts never share prefix-cache blocks.
         bad_words_ids: `params.bad_words` as token ids, one or two spellings each.
+        constraint: What the answers must satisfy; None for free text.
         metrics: Timings, written by the engine thread.
         sequences: `params.n` of them.
         prompt_logprobs: Filled chunk by chunk when asked for; entry 0 is None.
@@ -56,6 +62,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     bad_words_ids: list[list[int]] = field(default_factory=list)
+    constraint: CompiledConstraint | None = None
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     prompt_block_hashes: list[bytes] = field(default_factory=list)
@@ -96,7 +103,9 @@ class Sequence:
         num_cached_tokens: Prompt tokens taken from the prefix cache at first admission.
         arrival_index: Order of arrival over all sequences of the engine; set by the scheduler.
         needs_host_sync: The next step needs this sequence's last token on the host (bad words of
-            several tokens), so it is never scheduled ahead of its own output. Set before `add`.
+            several tokens, constraints), so it is never scheduled ahead of its own output. Set
+            before `add`.
+        constraint: Follows the answer's tokens; None for free text. Set before `add`.
         wants_tokens: The host looks at each new token. The scheduler sets it for stop strings and
             logprobs.
         num_preemptions: Times it lost its row and KV blocks and was recomputed.
@@ -113,6 +122,7 @@ class Sequence:
     num_cached_tokens: int = 0
     arrival_index: int = -1
     needs_host_sync: bool = False
+    constraint: SequenceConstraint | None = None
     wants_tokens: bool = False
     num_preemptions: int = 0
     block_hashes: list[bytes] = field(default_factory=list)

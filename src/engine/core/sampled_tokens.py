@@ -48,6 +48,8 @@ def store_sampled(
     for column in range(table.num_stop_columns):
         is_stop |= table.stop_ids[:, column][rows] == token_ids
     is_stop &= num_known >= table.min_total_tokens[rows]
+    # Unused columns are -1, and so is a token where nothing could be sampled.
+    is_stop &= token_ids >= 0
     return SampledTokens(
         rows=rows,
         token_ids=token_ids,

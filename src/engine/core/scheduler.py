@@ -18,6 +18,7 @@ from engine.core.batch import BlockUpdate, CompletedStep, ScheduledBatch, Sequen
 from engine.core.batch_builder import build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
+from engine.core.constrained import accept_tokens, append_forced
 from engine.core.preemption import fewest_victims, rank
 from engine.core.prefix_groups import PrefixGroups
 from engine.core.request import Sequence, SequenceStatus
@@ -436,7 +437,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert step.batch is batch, "steps must be completed in the order they were scheduled"
         is_live = self.table.epoch[step.rows] == step.epochs
-        samples = batch.is_sampling & is_live
+        samples = accept_tokens(self.table, step.rows, token_ids, batch.is_sampling & is_live)
         sampled = store_sampled(self.table, step.rows[samples], token_ids[samples])
         computed = batch.num_computed_tokens + batch.num_scheduled_tokens
         self.block_tables.register_completed(step.rows[is_live], computed[is_live])
@@ -447,6 +448,7 @@ class Scheduler:
             first_tokens=[self._owner(row) for row in sampled.rows[sampled.is_first].tolist()],
             num_new_tokens=len(sampled.rows),
         )
+        append_forced(self.table, sampled, done)
         if sampled.is_finished.any():
             done.finished = self._end_finished(sampled)
         return done

@@ -55,11 +55,13 @@ class SequenceTable:
         wants_tokens: [S] bool, the host looks at every token.
         wants_logprobs: [S] bool, `params.logprobs` is set.
         needs_host_sync: [S] bool, see `Sequence`.
+        is_constrained: [S] bool, the answer must satisfy a constraint.
         needs_prompt_logprobs: [S] bool, chunks of the prompt report log probabilities.
         sequences: Owner of each row, or None.
-        num_wanting_logprobs: Rows with `wants_logprobs`. Counted, as the next two, so that a step
+        num_wanting_logprobs: Rows with `wants_logprobs`. Counted, as the next three, so that a step
             need not look through all rows for what is rare.
         num_host_synced: Rows with `needs_host_sync`.
+        num_constrained: Rows with `is_constrained`.
         num_reporting_prompts: Rows with `needs_prompt_logprobs`.
     """
 
@@ -89,9 +91,12 @@ class SequenceTable:
         self.wants_tokens: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.wants_logprobs: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.needs_host_sync: BoolArray = allocate((max_num_seqs,), np.bool_)
+        self.is_constrained: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.needs_prompt_logprobs: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self.num_wanting_logprobs = self.num_host_synced = self.num_reporting_prompts = 0
+        self.num_constrained = 0
+        self._rows_with_changed_tokens: set[int] = set()
         # A heap: low rows are used first, so that a small load touches few pages.
         self._free_rows = list(range(max_num_seqs))
 
@@ -129,6 +134,7 @@ class SequenceTable:
         self.wants_tokens[row] = seq.wants_tokens
         self.wants_logprobs[row] = params.logprobs is not None
         self.needs_host_sync[row] = seq.needs_host_sync
+        self.is_constrained[row] = seq.constraint is not None
         self.needs_prompt_logprobs[row] = reports_prompt_logprobs(seq)
         self._count_kinds(row, 1)
         self.sequences[row] = seq
@@ -144,6 +150,7 @@ class SequenceTable:
         self._count_kinds(row, -1)
         self.sequences[row] = None
         self.epoch[row] += 1
+        self._rows_with_changed_tokens.discard(row)
         # Whoever gathers over rows by mistake sees nothing to do in a free one.
         for counts in (self.num_tokens, self.num_computed_tokens, self.num_in_flight):
             counts[row] = 0
@@ -165,6 +172,18 @@ class SequenceTable:
         end = int(self.num_tokens[row] - self.num_in_flight[row])
         return self.token_ids[row, first:end].tolist()  # type: ignore[no-any-return]
 
+    def note_tokens_changed(self, row: int) -> None:
+        """The host has appended tokens to the row, or taken one back, of its own accord."""
+        self._rows_with_changed_tokens.add(row)
+
+    def take_rows_with_changed_tokens(self) -> list[int]:
+        """Rows where that has happened since the last call, for whoever copies tokens."""
+        if not self._rows_with_changed_tokens:
+            return []
+        rows = sorted(self._rows_with_changed_tokens)
+        self._rows_with_changed_tokens.clear()
+        return rows
+
     def rows_needing_host_sync(self, rows: npt.NDArray[Any]) -> list[int]:
         """Those of `rows` [B] with `needs_host_sync`; usually none."""
         if not self.num_host_synced:
@@ -174,6 +193,7 @@ class SequenceTable:
     def _count_kinds(self, row: int, change: int) -> None:
         self.num_wanting_logprobs += change * int(self.wants_logprobs[row])
         self.num_host_synced += change * int(self.needs_host_sync[row])
+        self.num_constrained += change * int(self.is_constrained[row])
         self.num_reporting_prompts += change * int(self.needs_prompt_logprobs[row])
 
     def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:

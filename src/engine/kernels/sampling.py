@@ -48,6 +48,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels import sampling_reference as layout
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.sampling_filters import (
     check_logits,
     filter_thresholds,
@@ -56,6 +57,7 @@ from engine.kernels.sampling_filters import (
     load_setting,
 )
 from engine.kernels.sampling_reference import FILTERED, GREEDY, SamplingTables
+from engine.kernels.token_masks import apply_token_masks
 
 _INV_TEMPERATURE = tl.constexpr(layout.WORD_INV_TEMPERATURE)
 _REPETITION = tl.constexpr(layout.WORD_REPETITION)
@@ -78,6 +80,7 @@ def _penalized(x, seen, repetition, frequency, presence):
     return x - tl.where(count > 0, presence, 0.0)
 
 
+@launchable
 @triton.jit
 def _adjust_kernel(
     logits_ptr,
@@ -151,6 +154,7 @@ def _keep_better(best_score, best_id, score, token):
     return tl.where(is_better, score, best_score), tl.where(is_better, token, best_id)
 
 
+@launchable
 @triton.jit
 def _draw_kernel(
     logits_ptr,
@@ -221,6 +225,7 @@ def _draw_kernel(
     tl.store(part_ids_ptr + slot, tl.min(tl.where(best_score == score, best_id, _NO_TOKEN)))
 
 
+@launchable
 @triton.jit
 def _merge_kernel(
     part_scores_ptr,
@@ -302,17 +307,22 @@ def sample_tokens(
     draw: int,
     use_sparse: bool,
     use_penalties: bool,
+    use_masks: bool = False,
+    keeps_logits: bool = True,
 ) -> torch.Tensor:
     """One token per row. No host sync; capturable in a CUDA graph after one warm-up call.
 
     Args:
-        logits: [R, V] bf16, fp16 or fp32 with unit stride along V; not changed.
+        logits: [R, V] bf16, fp16 or fp32 with unit stride along V; see `keeps_logits`.
         tables: Settings on the device of `logits`; `counts` of rows with penalties is updated.
         rows: [R] int64 state indices.
         positions: [R] int64 positions of the new tokens, in [0, 2^32).
         draw: `GREEDY`, `RANDOM` or `FILTERED` of `sampling_reference`; the most that any row needs.
         use_sparse: Some row has a bias or ban.
         use_penalties: Some row has a penalty.
+        use_masks: Some row has a mask.
+        keeps_logits: Leave `logits` as they are; otherwise masks may be written into them, which
+            saves a copy of all rows for the sake of a few.
 
     Returns:
         New [R] int64 tensor, -1 for rows without a value above -inf.
@@ -325,6 +335,10 @@ def sample_tokens(
         logits = adjust_logits(
             logits, tables, rows, positions, use_sparse=use_sparse, use_penalties=use_penalties
         )
+    elif use_masks and keeps_logits:
+        logits = logits.clone()
+    if use_masks:
+        apply_token_masks(logits, tables, rows)
     thresholds = filter_thresholds(logits, tables, rows) if draw == FILTERED else None
     num_tiles = triton.cdiv(vocab_size, 4 * layout.NOISE_LANES)
     # Small batches need many parts to fill the GPU, large ones fewer and longer programs.

@@ -4,6 +4,7 @@ Formula, for a row of logits x with temperature T and noise g(seed, position, to
 
     x'  = x + bias, -inf where banned                       (logit_bias, min_tokens, bad_words)
     x'' = x' / r or x' * r if seen, - f * count - p * [count > 0]               (penalties)
+    x'' = -inf where the row's mask has a 0                                      (constraints)
     S   = {x'' >= max + T ln(min_p)};  S = the top_k of S;  S = smallest top part of S with mass p
     id  = argmax over S of x'' / T + g,   or argmax of x'' when T is 0
 
@@ -40,6 +41,7 @@ WORD_PRESENCE = 6
 WORD_HAS_PENALTIES = 7
 WORD_SEED_LOW = 8
 WORD_SEED_HIGH = 9
+WORD_HAS_MASK = 10
 NUM_SETTING_WORDS = 16
 """Words of 4 bytes per row of the settings: one 64-byte line, so that one row is one fetch."""
 
@@ -64,17 +66,21 @@ class SamplingTables:
     Attributes:
         settings: [num_rows, NUM_SETTING_WORDS] int32; float words hold float32 bits. Inverse
             temperature (0 = greedy), top_k (0 = off), top_p (1 = off), min_p margin
-            T ln(min_p) (-inf = off), the three penalties, 1 if any penalty is set, 64-bit seed.
+            T ln(min_p) (-inf = off), the three penalties, 1 if any penalty is set, 64-bit seed,
+            1 if `masks` counts for the row.
         sparse: [num_rows, 3, W] int32: token ids (-1 = empty), bias as float32 bits, and the
             position before which the token is banned (0 = never). No id twice in a row.
             None while no row has entries.
         counts: [num_rows, V] int16: times the token is in the answer (saturating at
             COUNT_MASK) plus PROMPT_BIT if it is in the prompt. None until a row has a penalty.
+        masks: [num_rows, ceil(V / 32)] int32 in host memory (pinned where the device is a GPU): bit
+            i % 32 of word i / 32 is set where token i is allowed. None until a row has a mask.
     """
 
     settings: torch.Tensor
     sparse: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
 
     def floats(self) -> torch.Tensor:
         """`settings` read as float32, a view."""
@@ -137,11 +143,11 @@ def clean_logits(logits: torch.Tensor) -> torch.Tensor:
 def adjust_logits_reference(
     logits: torch.Tensor, tables: SamplingTables, rows: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Logits after bias, bans and penalties.
+    """Logits after bias, bans, penalties and masks.
 
     Args:
         logits: [R, V] of any float type.
-        tables: Settings; `sparse` and `counts` are applied where present.
+        tables: Settings; `sparse`, `counts` and `masks` are applied where present.
         rows: [R] int64 state indices.
         positions: [R] int64 positions of the new tokens.
 
@@ -166,6 +172,9 @@ def adjust_logits_reference(
             count = (seen & COUNT_MASK).float()
             x = x - floats[row, WORD_FREQUENCY] * count
             adjusted[i] = x - floats[row, WORD_PRESENCE] * (count > 0).float()
+        if tables.masks is not None and tables.settings[row, WORD_HAS_MASK] > 0:
+            bits = tables.masks[row][:, None] >> torch.arange(32, dtype=torch.int32) & 1
+            adjusted[i, bits.view(-1)[: adjusted.shape[1]] == 0] = -torch.inf
     return clean_logits(adjusted)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import engine.errors
+from engine.constraints.compiler import ConstraintCompiler
 from engine.core.request import Request
 from engine.errors import EngineError
 from engine.outputs import (
@@ -60,8 +61,11 @@ def encode_request(number: int, request: Request) -> SubmitRecord:
     )
 
 
-def decode_request(record: SubmitRecord) -> Request:
-    """The request as it was, but for the prompt's text. The monotonic clock is the machine's."""
+def decode_request(record: SubmitRecord, compiler: ConstraintCompiler) -> Request:
+    """The request as it was, but for the prompt's text. The monotonic clock is the machine's.
+
+    Constraints are compiled on either side: their objects cannot travel.
+    """
     request = Request(
         request_id=record.request_id,
         prompt_token_ids=np.frombuffer(record.prompt_ids, np.int32).tolist(),
@@ -72,6 +76,7 @@ def decode_request(record: SubmitRecord) -> Request:
         priority=record.priority,
         cache_salt=record.cache_salt,
         bad_words_ids=record.bad_words_ids,
+        constraint=compiler.compile(record.params),
         metrics=RequestMetrics(arrival_s=record.arrival_s),
     )
     request.prompt_array()

@@ -21,6 +21,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
+from engine.constraints.compiler import ConstraintCompiler
 from engine.errors import EngineClosedError, EngineError
 from engine.handle import Wakeups
 from engine.loop import refusal_for_caller
@@ -84,6 +85,7 @@ class _Worker:
         self._outbox = Outbox(sock)
         self._requests: dict[int, Request] = {}
         self._host: LocalHost | None = None
+        self._compiler: ConstraintCompiler | None = None
 
     def serve(self) -> None:
         """Follow orders until the parent has no more."""
@@ -107,15 +109,29 @@ class _Worker:
     def _do_submit(self, records: list[SubmitRecord]) -> None:
         pairs = []
         for record in records:
-            request = decode_request(record)
+            sink = _Sink(record.number, self._outbox, self._requests)
+            try:
+                request = decode_request(record, self._constraint_compiler())
+            except EngineError as error:
+                sink.publish(error=error)
+                self._outbox.flush()
+                continue
             self._requests[record.number] = request
-            pairs.append((request, _Sink(record.number, self._outbox, self._requests)))
+            pairs.append((request, sink))
         try:
             self._engine.post_submit(pairs)
         except EngineError as error:
             for _, sink in pairs:
                 sink.publish(error=error)
             self._outbox.flush()
+
+    def _constraint_compiler(self) -> ConstraintCompiler:
+        if self._compiler is None:
+            text = self._engine.text
+            self._compiler = ConstraintCompiler(
+                text.tokenizer, self._engine.facts.vocab_size, text.eos_token_ids
+            )
+        return self._compiler
 
     def _do_abort(self, number: int) -> None:
         request = self._requests.get(number)

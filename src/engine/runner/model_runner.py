@@ -137,24 +137,35 @@ class ModelRunner:
         if self._slots is not None:
             self._slots.note_new(batch.new_rows)
         for row in batch.new_rows:
+            self._load_row(row)
+        for row in self._table.take_rows_with_changed_tokens():
+            if self._slots is not None:
+                self._slots.note_new([row])
             seq = self._table.sequences[row]
-            if seq is None:
-                continue
-            request = seq.request
-            self.sampler.set_row(
-                row,
-                request.params,
-                seed=seq.seed,
-                prompt_token_ids=request.prompt_token_ids,
-                output_token_ids=self._table.output_tokens(row),
-                stop_token_ids=request.stop_token_ids,
-                bad_words_ids=request.bad_words_ids,
-            )
+            if seq is not None and seq.request.params.has_penalties:
+                # The counts have a token that was taken back.
+                self._load_row(row)
+
+    def _load_row(self, row: int) -> None:
+        seq = self._table.sequences[row]
+        if seq is None:
+            return
+        request = seq.request
+        self.sampler.set_row(
+            row,
+            request.params,
+            seed=seq.seed,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=self._table.output_tokens(row),
+            stop_token_ids=request.stop_token_ids,
+            bad_words_ids=request.bad_words_ids,
+            is_constrained=seq.constraint is not None,
+        )
 
     def _ban_bad_words(self, batch: ScheduledBatch) -> None:
         for row in self._table.rows_needing_host_sync(batch.rows):
             seq = self._table.sequences[row]
-            if seq is not None:
+            if seq is not None and seq.request.bad_words_ids:
                 history = self._table.output_tokens(row)
                 self.sampler.update_banned(row, banned_tokens(seq.request.bad_words_ids, history))
 
@@ -172,6 +183,8 @@ class ModelRunner:
             return self._pending(inputs.sampling_rows, batch, {}, prompt_logprobs)
         logits = self._model.compute_logits(hidden.index_select(0, inputs.logits_indices))
         variant = self.sampler.variant(host.sampling_rows)
+        # On a GPU the forward runs meanwhile.
+        self.sampler.fill_masks(batch, self._table)
         token_ids = self.sampler.sample(
             logits, inputs.sampling_rows, inputs.sampling_positions, variant
         )
@@ -192,7 +205,12 @@ class ModelRunner:
     def _run_captured(self, batch: ScheduledBatch, captured: CapturedSteps) -> CapturedPendingStep:
         # The steady state makes no call that gives up the GIL: no torch, no reduction over rows.
         self.sampler.flush_lists()
-        ticket = captured.launch(batch, self._table, self.sampler.live_variant())
+        ticket = captured.launch(
+            batch,
+            self._table,
+            self.sampler.live_variant(),
+            before_sampling=lambda: self.sampler.fill_masks(batch, self._table),
+        )
         logprobs = {}
         if self._table.num_wanting_logprobs:
             token_ids, logits = captured.results(batch.num_seqs)

@@ -1,9 +1,9 @@
 """`Sampler`: logits of a batch -> token ids, every row under its own options.
 
 Order of operations, as in vLLM: raw logits, `logit_bias`, ban of stop ids below `min_tokens`, ban
-of bad words, repetition, frequency and presence penalty, temperature, then `min_p`, `top_k` and
-`top_p`, each over what the one before kept, then the draw. Formula, ties and noise are written
-down in `engine.kernels.sampling_reference`.
+of bad words, repetition, frequency and presence penalty, mask of a constraint, temperature, then
+`min_p`, `top_k` and `top_p`, each over what the one before kept, then the draw. Formula, ties and
+noise are written down in `engine.kernels.sampling_reference`.
 
 On CUDA the Triton kernels of `engine.kernels.sampling` run, elsewhere NumPy
 (`engine.runner.sampling_cpu`). Both read the tables of `engine.runner.sampling_tables`.
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.core.batch import ScheduledBatch
+from engine.core.state import SequenceTable
 from engine.kernels.sampling_reference import SamplingTables
 from engine.runner.sampling_cpu import sample_on_cpu
 from engine.runner.sampling_logprobs import gather_logprobs
@@ -38,7 +40,8 @@ class Sampler:
     """Draws tokens and keeps what the draws depend on. Owned and called by the engine thread.
 
     Per step: `set_row` for rows (re)admitted, `update_banned` for those with bad words of several
-    tokens, `flush` once, then `sample`, directly or in a CUDA graph captured for `variant(rows)`.
+    tokens, `flush` once, `fill_masks`, then `sample`, directly or in a CUDA graph captured for
+    `variant(rows)`.
     Steps may be launched ahead: penalty counts follow the sampled tokens on the device.
 
     A row whose logits are all NaN or -inf samples -1; NaN among finite values counts as -inf.
@@ -81,6 +84,7 @@ class Sampler:
         output_token_ids: Sequence[int] = (),
         stop_token_ids: Iterable[int] = (),
         bad_words_ids: Sequence[Sequence[int]] = (),
+        is_constrained: bool = False,
     ) -> None:
         """Load the options of a sequence that starts, or starts again after preemption.
 
@@ -93,6 +97,7 @@ class Sampler:
             stop_token_ids: Never sampled before `min_tokens`; ids beyond V are skipped.
             bad_words_ids: Token ids of each bad word. Words of one token are banned for good;
                 for longer ones see `update_banned`.
+            is_constrained: Only tokens of the row's mask are sampled; see `fill_masks`.
         """
         self._state.set_row(
             row,
@@ -102,7 +107,13 @@ class Sampler:
             output_token_ids=output_token_ids,
             stop_token_ids=stop_token_ids,
             bad_words_ids=bad_words_ids,
+            is_constrained=is_constrained,
         )
+
+    def fill_masks(self, batch: ScheduledBatch, table: SequenceTable) -> None:
+        """Make the masks of the constrained sequences that sample in `batch`; see `TokenMasks`."""
+        if table.num_constrained and self._state.masks is not None:
+            self._state.masks.fill(batch, table)
 
     def update_banned(self, row: int, banned_ids: Iterable[int]) -> None:
         """Replace the bans that depend on the last tokens.
@@ -157,7 +168,8 @@ class Sampler:
         captured in a CUDA graph after one warm-up call of the same variant.
 
         Args:
-            logits: [R, V] bf16, fp16 or fp32 with unit stride along V; not changed.
+            logits: [R, V] bf16, fp16 or fp32 with unit stride along V; not changed, but where the
+                variant has masks and does not keep logits.
             rows: [R] int64 on the device, state indices; `dummy_row` for padding. A row with
                 penalties stands there once.
             positions: [R] int64 on the device, position in its sequence of the token to be
@@ -183,6 +195,8 @@ class Sampler:
             draw=variant.draw,
             use_sparse=variant.sparse_width > 0,
             use_penalties=variant.has_penalties,
+            use_masks=variant.has_masks,
+            keeps_logits=variant.keeps_logits,
         )
 
     def gather_logprobs(

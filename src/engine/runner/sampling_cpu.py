@@ -54,7 +54,7 @@ def sample_on_cpu(
         New [R] int64 tensor, -1 for rows without a value above -inf.
     """
     token_ids = np.empty(logits.shape[0], np.int64)
-    is_adjusted = variant.sparse_width > 0 or variant.has_penalties
+    is_adjusted = variant.sparse_width > 0 or variant.has_penalties or variant.has_masks
     pairs = zip(rows.tolist(), positions.tolist(), strict=True)
     for i, (row, position) in enumerate(pairs):
         x: FloatRow = logits[i].to(torch.float32).numpy()
@@ -70,7 +70,7 @@ def sample_on_cpu(
 
 
 def adjust_row(x: FloatRow, state: SamplingState, row: int, position: int) -> FloatRow:
-    """`x` after bias, bans and penalties of state index `row`: a new [V] array."""
+    """`x` after bias, bans, penalties and mask of state index `row`: a new [V] array."""
     adjusted = x.copy()
     if state.sparse is not None:
         ids, bias, banned_before = state.sparse[row]
@@ -89,6 +89,9 @@ def adjust_row(x: FloatRow, state: SamplingState, row: int, position: int) -> Fl
         values = np.where(values > 0, values / repetition, values * repetition)
         values = values - floats[layout.WORD_FREQUENCY] * count
         adjusted[ids] = values - floats[layout.WORD_PRESENCE] * (count > 0)
+    if state.masks is not None and state.settings[row, layout.WORD_HAS_MASK]:
+        bits = np.unpackbits(state.masks.array[row].view(np.uint8), bitorder="little")
+        adjusted[bits[: len(x)] == 0] = -np.inf
     return adjusted
 
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.kernels import sampling_reference as layout
 from engine.kernels.sampling_reference import FILTERED, GREEDY, RANDOM, SamplingTables
+from engine.runner.token_masks import TokenMasks
 from engine.sampling_params import SamplingParams
 
 MIN_TEMPERATURE = 1e-5
@@ -31,16 +32,21 @@ class SamplerVariant:
             because wider lists are a new tensor at a new address; it only ever grows, in powers
             of two, so graphs of a narrower one are never asked for again.
         has_penalties: Some row has a presence, frequency or repetition penalty.
+        has_masks: Some row is constrained to a mask of tokens.
+        keeps_logits: Masks must not be written into the logits, which are wanted afterwards.
     """
 
     draw: int
     sparse_width: int
     has_penalties: bool
+    has_masks: bool = False
+    keeps_logits: bool = False
 
     @property
     def is_greedy(self) -> bool:
         """True where the batch is an argmax of the logits as they came."""
-        return self.draw == GREEDY and not self.sparse_width and not self.has_penalties
+        is_adjusted = self.sparse_width > 0 or self.has_penalties or self.has_masks
+        return self.draw == GREEDY and not is_adjusted
 
 
 class SamplingState:
@@ -60,6 +66,7 @@ class SamplingState:
         settings: Host form of `SamplingTables.settings`, [N, 16] int32.
         sparse: Host form of `SamplingTables.sparse`, [N, 3, W] int32, or None.
         counts: [N, V] int16 on a CPU device; None on CUDA, where only the device has them.
+        masks: Of constrained rows; None until there is one.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
@@ -71,6 +78,7 @@ class SamplingState:
         self.settings = np.zeros((self._num_rows, layout.NUM_SETTING_WORDS), np.int32)
         self.sparse: npt.NDArray[np.int32] | None = None
         self.counts: npt.NDArray[np.int16] | None = None
+        self.masks: TokenMasks | None = None
         self._floats = self.settings.view(np.float32)
         self._unsigned = self.settings.view(np.uint32)
         for row in range(self._num_rows):
@@ -78,6 +86,8 @@ class SamplingState:
         self._draws = np.full(self._num_rows, GREEDY, np.uint8)
         self._has_sparse = np.zeros(self._num_rows, np.bool_)
         self._has_penalties = np.zeros(self._num_rows, np.bool_)
+        self._has_mask = np.zeros(self._num_rows, np.bool_)
+        self._wants_logits = np.zeros(self._num_rows, np.bool_)
         self._live_variant: SamplerVariant | None = None
         self._fixed_entries: dict[int, dict[int, tuple[float, int]]] = {}
         self._changed_settings: set[int] = set()
@@ -96,6 +106,7 @@ class SamplingState:
         output_token_ids: Sequence[int],
         stop_token_ids: Iterable[int],
         bad_words_ids: Sequence[Sequence[int]],
+        is_constrained: bool,
     ) -> None:
         """See `Sampler.set_row`."""
         self._live_variant = None
@@ -122,6 +133,11 @@ class SamplingState:
             floats[layout.WORD_PRESENCE] = params.presence_penalty
             words[layout.WORD_HAS_PENALTIES] = 1
             self._set_counts(row, prompt_token_ids, output_token_ids)
+        self._has_mask[row] = is_constrained
+        self._wants_logits[row] = params.logprobs is not None
+        if is_constrained:
+            words[layout.WORD_HAS_MASK] = 1
+            self._need_masks()
         self._changed_settings.add(row)
 
         single_words = [word for word in bad_words_ids if len(word) == 1]
@@ -144,6 +160,7 @@ class SamplingState:
         self._reset_settings(row)
         self._draws[row] = GREEDY
         self._has_penalties[row] = False
+        self._has_mask[row] = self._wants_logits[row] = False
         self._changed_counts.pop(row, None)
         self._changed_settings.add(row)
         self._fixed_entries.pop(row, None)
@@ -156,10 +173,13 @@ class SamplingState:
         if len(rows) == 0:
             return SamplerVariant(GREEDY, 0, has_penalties=False)
         has_sparse = self.sparse is not None and bool(self._has_sparse[rows].any())
+        has_masks = bool(self._has_mask[rows].any())
         return SamplerVariant(
             draw=int(self._draws[rows].max()),
             sparse_width=self.sparse.shape[2] if has_sparse and self.sparse is not None else 0,
             has_penalties=bool(self._has_penalties[rows].any()),
+            has_masks=has_masks,
+            keeps_logits=has_masks and bool(self._wants_logits[rows].any()),
         )
 
     def live_variant(self) -> SamplerVariant:
@@ -169,10 +189,13 @@ class SamplingState:
         """
         if self._live_variant is None:
             has_sparse = bool(np.count_nonzero(self._has_sparse))
+            has_masks = bool(np.count_nonzero(self._has_mask))
             self._live_variant = SamplerVariant(
                 draw=int(self._draws.max()),
                 sparse_width=self.sparse.shape[2] if has_sparse and self.sparse is not None else 0,
                 has_penalties=bool(np.count_nonzero(self._has_penalties)),
+                has_masks=has_masks,
+                keeps_logits=has_masks and bool(np.count_nonzero(self._wants_logits)),
             )
         return self._live_variant
 
@@ -222,6 +245,11 @@ class SamplingState:
         self._floats[row, layout.WORD_TOP_P] = 1.0
         self._floats[row, layout.WORD_MIN_P_MARGIN] = -np.inf
         self._floats[row, layout.WORD_REPETITION] = 1.0
+
+    def _need_masks(self) -> None:
+        if self.masks is None:
+            self.masks = TokenMasks(self._num_rows, self.vocab_size, is_pinned=not self._is_cpu)
+            self.tables.masks = self.masks.tensor
 
     def _set_counts(
         self, row: int, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]

@@ -245,7 +245,7 @@ def test_fields_changed_between_calls_count(fake: FakeEngine) -> None:
         ({"n": 2}, RequestError, "batch_complete"),
         ({"prompt_logprobs": 1}, RequestError, "prompt_logprobs"),
         ({"timeout": 0}, RequestError, "timeout"),
-        ({"json_schema": {}}, ConstraintError, "json_schema"),
+        ({"json_schema": "{"}, ConstraintError, "json_schema"),
         ({"tools": []}, RequestError, "tools"),
         ({"max_tokens": 10**6}, ContextOverflowError, "4096"),
         ({"stop": "a", "stop_sequences": "b"}, RequestError, "stop"),

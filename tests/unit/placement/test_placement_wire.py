@@ -22,6 +22,7 @@ from engine import (
     SamplingParams,
     Usage,
 )
+from engine.constraints.compiler import ConstraintCompiler
 from engine.core.request import Request
 from engine.placement.channel import MessageReader, MessageWriter
 from engine.placement.outbox import Outbox
@@ -172,7 +173,7 @@ def some_request(**options: Any) -> Request:
 
 def test_a_request_arrives_as_it_was() -> None:
     sent = some_request()
-    found = decode_request(encode_request(7, sent))
+    found = decode_request(encode_request(7, sent), ConstraintCompiler(None, 8, ()))
     # The prompt's text stays at home: the child never looks at it.
     stays = {"prompt", "sequences", "prompt_logprobs", "_prompt_array"}
     for name in set(Request.__slots__) - stays:

@@ -1,0 +1,87 @@
+"""What sampled tokens mean for the constraints of their sequences. Python per constrained one."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.core.batch import CompletedStep
+from engine.core.request import Sequence
+from engine.core.sampled_tokens import SampledTokens
+from engine.core.state import BoolArray, IndexArray, SequenceTable
+
+
+def accept_tokens(
+    table: SequenceTable, rows: IndexArray, token_ids: npt.NDArray[np.int64], samples: BoolArray
+) -> BoolArray:
+    """Show each constraint its sequence's new token; those that leave no room are taken back.
+
+    A sequence whose token was taken back is as it was before the step: the next one computes its
+    last token again and samples another.
+
+    Args:
+        table: Changed in place for tokens taken back.
+        rows: [B] state indices.
+        token_ids: [B] what was sampled; -1 where nothing could be.
+        samples: [B] bool, entries of live sequences that sampled.
+
+    Returns:
+        [B] bool: `samples` without the tokens taken back.
+    """
+    if not table.num_constrained:
+        return samples
+    kept = samples.copy()
+    for index in np.flatnonzero(samples & table.is_constrained[rows]).tolist():
+        row, token_id = int(rows[index]), int(token_ids[index])
+        constraint = _owner(table, row).constraint
+        assert constraint is not None, "the row says that it is constrained"
+        num_known = int(table.num_tokens[row] - table.num_in_flight[row]) + 1
+        if token_id < 0 or constraint.accept(
+            token_id, int(table.max_total_tokens[row]) - num_known
+        ):
+            continue
+        kept[index] = False
+        for counts in (table.num_tokens, table.num_in_flight, table.num_computed_tokens):
+            counts[row] -= 1
+        table.note_tokens_changed(row)
+    return kept
+
+
+def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedStep) -> None:
+    """Append what must follow the new tokens, and end those whose constraint is complete.
+
+    Args:
+        table: Gets the forced tokens, as if they had been sampled.
+        sampled: Stored already; `is_stop` and `is_finished` are set where an answer is complete.
+        done: Gets the sequences whose constraint has an error, and the number of forced tokens.
+    """
+    if not table.num_constrained:
+        return
+    # Without a token (-1) the request is about to end with an error.
+    has_token = table.is_constrained[sampled.rows] & (sampled.token_ids >= 0)
+    for index in np.flatnonzero(has_token).tolist():
+        row = int(sampled.rows[index])
+        seq = _owner(table, row)
+        constraint = seq.constraint
+        assert constraint is not None, "the row says that it is constrained"
+        if constraint.error:
+            done.failed.append(seq)
+            continue
+        if not sampled.is_finished[index]:
+            start, limit = int(table.num_tokens[row]), int(table.max_total_tokens[row])
+            forced = constraint.take_forced(limit - start)
+            if forced:
+                end = start + len(forced)
+                table.token_ids[row, start:end] = forced
+                table.num_tokens[row] = end
+                table.note_tokens_changed(row)
+                done.num_new_tokens += len(forced)
+                sampled.is_finished[index] = end == limit
+        if constraint.is_complete:
+            sampled.is_stop[index] = sampled.is_finished[index] = True
+
+
+def _owner(table: SequenceTable, row: int) -> Sequence:
+    seq = table.sequences[row]
+    assert seq is not None, f"row {row} has no owner"
+    return seq
