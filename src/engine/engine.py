@@ -74,12 +74,9 @@ class Engine(PoolingFace):
         self.config = config
         host = start_host(config)
         self._host = host
+        facts = host.facts
         self._factory = RequestFactory(
-            host.facts.limits,
-            host.text,
-            host.facts.vocab_size,
-            config.seed,
-            can_generate=host.facts.pooling is None,
+            facts.limits, host.text, facts.vocab_size, config.seed, can_generate=not facts.pooling
         )
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
         self._finalizer = weakref.finalize(self, host.stop, drain=False, timeout=EXIT_TIMEOUT_S)
@@ -228,7 +225,7 @@ class Engine(PoolingFace):
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
     ) -> AnswerFormat:
-        """How this model is shown tools and how its answers are read. Remembered.
+        """How this model is shown tools and how its answers are read.
 
         Args:
             chat_template: Jinja source to use instead of the model's.
@@ -239,9 +236,8 @@ class Engine(PoolingFace):
             ConfigError: A parser's name is unknown.
             RequestError: There is no chat template.
         """
-        return self._answer_formats.get(
-            chat_template, tool_parser, reasoning_parser, self._template
-        )
+        asked = (chat_template, tool_parser, reasoning_parser)
+        return self._answer_formats.get(asked, self._template)
 
     def _need_tokenizer(self) -> Tokenizer:
         tokenizer = self._host.text.tokenizer

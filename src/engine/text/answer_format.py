@@ -219,15 +219,18 @@ class AnswerFormats:
 
     def get(
         self,
-        source: str | None,
-        tool_parser: str,
-        reasoning_parser: str,
+        asked: tuple[str | None, str, str],
         template: Callable[[str | None], ChatTemplate],
     ) -> AnswerFormat:
-        """The format for the template that `template(source)` makes; 64 are remembered."""
-        key = (source, tool_parser, reasoning_parser)
-        known = self._known.get(key)
+        """The format that is `asked` for; 64 are remembered.
+
+        Args:
+            asked: Template source or None for the model's, tool parser, reasoning parser.
+            template: Makes the template of a source.
+        """
+        known = self._known.get(asked)
         if known is None:
+            source, tool_parser, reasoning_parser = asked
             known = AnswerFormat(
                 template(source),
                 self._model_type,
@@ -235,7 +238,7 @@ class AnswerFormats:
                 reasoning_parser=reasoning_parser,
             )
             if len(self._known) < MAX_REMEMBERED:
-                self._known[key] = known
+                self._known[asked] = known
         return known
 
 

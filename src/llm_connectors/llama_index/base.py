@@ -77,7 +77,7 @@ class EngineBackedLLM(SamplingFields, EngineComponent, FunctionCallingLLM):
     reasoning_parser: str = "auto"
     """How the model marks its reasoning, as in `engine.AnswerFormat`."""
 
-    structured_mode: Literal["schema", "tool", "text"] = "text"
+    structured_mode: Literal["schema", "tool", "text"] = "schema"
     """How the structured methods ask. "schema": the answer is the JSON, held to the schema while it
     is written. "tool": the same as the arguments of one forced tool call. "text": LlamaIndex's own
     way, which asks in the prompt and parses what comes."""

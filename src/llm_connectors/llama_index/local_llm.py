@@ -40,7 +40,7 @@ class LocalLLM(StructuredOutput):
     Tools work with `chat(tools=...)`, `chat_with_tools`, `predict_and_call` and LlamaIndex's
     agents. `metadata.is_function_calling_model` is True where the chat template has a place for
     tools or `tool_parser` is set; else `AgentWorkflow` picks the ReAct agent. Forced calls and the
-    structured methods can be held to their JSON schema while the answer is written. Reasoning comes
+    structured methods are held to their JSON schema while the answer is written. Reasoning comes
     as a `ThinkingBlock`, and in streams as `additional_kwargs["thinking_delta"]`.
 
     Example:

@@ -283,7 +283,7 @@ def test_structured_predict_parses_text() -> None:
         name: str
 
     fake = FakeEngine(answer=lambda _prompt, _params: 'Here: {"name": "Paris"}')
-    llm = LocalLLM(engine=fake, system_prompt="Be brief.")
+    llm = LocalLLM(engine=fake, system_prompt="Be brief.", structured_mode="text")
     template = PromptTemplate("The capital of {country}.")
     assert llm.structured_predict(City, template, country="France").name == "Paris"
     city = asyncio.run(llm.astructured_predict(City, template, country="France"))

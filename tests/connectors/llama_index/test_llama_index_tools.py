@@ -103,11 +103,12 @@ def test_metadata_says_whether_the_model_can_call_tools(fake: FakeEngine) -> Non
 @pytest.mark.parametrize("endpoint", CHATS)
 def test_tools_reach_the_template(fake: FakeEngine, endpoint: str) -> None:
     llm = LocalLLM(engine=fake)
-    chunks_of(llm, endpoint, USER, tools=[WEATHER, CLOCK.metadata.to_openai_tool()])
+    tools = [WEATHER, CLOCK.metadata.to_openai_tool()]
+    chunks_of(llm, endpoint, USER, tools=tools)
     prompt = fake.detokenize(fake.requests[-1].prompt_ids)
     assert "Weather in a city." in prompt
     assert "The time." in prompt
-    assert len(fake.requests[-1].prompt_ids) == llm.count_messages(USER, [WEATHER, CLOCK])
+    assert len(fake.requests[-1].prompt_ids) == llm.count_messages(USER, tools)
     chunks_of(llm, endpoint, USER)
     assert "Weather in a city." not in fake.detokenize(fake.requests[-1].prompt_ids)
 
