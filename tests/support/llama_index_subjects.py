@@ -1,0 +1,87 @@
+"""What the published suite is run on: `LocalLLM` on a tiny model, on a fake engine, and mocks."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.llms.mock import MockFunctionCallingLLM, MockLLM
+from llama_index_fake_engine import CHATML, FakeEngine
+from tiny_checkpoints import write_tiny_llama
+
+from engine import Engine
+from llm_connectors.llama_index import LocalLLM
+from llm_connectors.testing.llama_index import Subject
+
+
+@functools.cache
+def tiny_folder() -> str:
+    return str(write_tiny_llama(tempfile.mkdtemp(), max_position_embeddings=8192))
+
+
+@functools.cache
+def tiny_engine() -> Engine:
+    return Engine(tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64)
+
+
+def tiny() -> Subject:
+    """`LocalLLM` on a random Llama: real tokens, constraints and KV blocks."""
+    engine = tiny_engine()
+    llm = LocalLLM(engine=engine, max_tokens=96, temperature=0.0, tool_parser="hermes")
+    return Subject(
+        llm,
+        running=lambda: engine.stats().running + engine.stats().waiting,
+        peak=lambda: engine.stats().peak_running,
+        prompt_ids=prompt_ids,
+        reopen=lambda: LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8),
+    )
+
+
+CLOSABLE: dict[str, Any] = {"device": "cpu", "num_threads": 1}
+
+
+def closable() -> Subject:
+    """`LocalLLM` on an engine of its own that may be closed."""
+    made = tiny()
+    made.llm = LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8)
+    return made
+
+
+def prompt_ids(messages: Sequence[ChatMessage]) -> list[int]:
+    """By transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
+    dicts = [{"role": one.role.value, "content": one.content} for one in messages]
+    return list(tokenizer.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False))
+
+
+def scripted() -> Subject:
+    """`LocalLLM` on the fake engine, whose answers can be told."""
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}{# <think></think> #}" + CHATML
+    fake = FakeEngine(template=template)
+    fake.answer = lambda _prompt, _params: "Some answer."
+
+    def script(*texts: str) -> None:
+        waiting = list(texts)
+        fake.answer = lambda _prompt, _params: waiting.pop(0) if len(waiting) > 1 else waiting[0]
+
+    return Subject(
+        LocalLLM(engine=fake, max_tokens=96, temperature=0.0),
+        running=lambda: fake.stats().running,
+        peak=lambda: fake.stats().peak_running,
+        script=script,
+    )
+
+
+def mock() -> MockLLM:
+    """The control: LlamaIndex's own mock."""
+    return MockLLM(max_tokens=5)
+
+
+def calling_mock() -> MockFunctionCallingLLM:
+    """The control for tools."""
+    return MockFunctionCallingLLM()
