@@ -13,6 +13,7 @@ from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.node_parser import SentenceSplitter
 
+from llm_connectors.llama_index.embedding import LocalEmbedding
 from llm_connectors.llama_index.errors import ConfigError, RequestError
 from llm_connectors.llama_index.local_llm import LocalLLM
 
@@ -60,7 +61,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def configure_settings(
-    llm: LocalLLM, embed: BaseEmbedding | None = None, *, num_output: int | None = None
+    llm: LocalLLM,
+    embed: BaseEmbedding | str | None = None,
+    *,
+    num_output: int | None = None,
 ) -> None:
     """Set LlamaIndex's global `Settings` for `llm`. Call it before building anything.
 
@@ -71,7 +75,8 @@ def configure_settings(
 
     Args:
         llm: The model to use.
-        embed: The embedding model. Default: the one already set; where there is none, a
+        embed: The embedding model, or the name of one for `LocalEmbedding`, such as
+            "all-minilm-l6-v2". Default: the one already set; where there is none, a
             `MockEmbedding`, which ranks nothing, with a warning. Never OpenAI's.
         num_output: Tokens kept free for each answer, which then also is the `max_tokens` of the
             installed model. Default: `llm.max_tokens`.
@@ -100,7 +105,7 @@ def configure_settings(
     )
     Settings.node_parser = offline_sentence_splitter(llm)
     Settings.transformations = [Settings.node_parser]
-    _set_embed_model(embed)
+    _set_embed_model(LocalEmbedding(embed) if isinstance(embed, str) else embed)
 
 
 def _set_embed_model(embed: BaseEmbedding | None) -> None:
