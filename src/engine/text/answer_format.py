@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class AnswerFormat:
         self.markers: tuple[str, ...] = TOOL_PARSERS[self.tool_parser].markers
         self._marks = REASONING_MARKS.get(self.reasoning)
         self.markers += self._marks or ()
+        self._opens: dict[str, bool] = {}
 
     # ---------------------------------------------------------------- what the model can do
 
@@ -81,6 +83,27 @@ class AnswerFormat:
     def has_reasoning(self) -> bool:
         """Whether the model may think before it answers."""
         return self.reasoning != "none"
+
+    @property
+    def effort_levels(self) -> tuple[str, ...]:
+        """Efforts that `reasoning=` may name; empty for a model that takes none."""
+        return _EFFORTS if "reasoning_effort" in self._template.variables else ()
+
+    @property
+    def reasoning_marks(self) -> tuple[str, str] | None:
+        """What begins and what ends the reasoning, where marks do."""
+        return self._marks
+
+    def opens_reasoning(self, variables: Mapping[str, Any]) -> bool:
+        """Whether prompts made with these template variables end inside the reasoning."""
+        if self._marks is None:
+            return False
+        key = json.dumps(variables, sort_keys=True, default=str)
+        known = self._opens.get(key)
+        if known is None:
+            prompt = self._template.render([{"role": "user", "content": "Hi"}], **variables)
+            known = self._opens[key] = self.is_open(prompt)
+        return known
 
     @property
     def needs_control_tokens(self) -> bool:
@@ -164,6 +187,8 @@ class AnswerFormat:
             return "<|channel|>final<|message|>"
         assert self._marks is not None, "only called where there is reasoning"
         opener, closer = self._marks
+        if prompt_end.rstrip().endswith(closer):
+            return ""  # the template has ended it
         return f"\n{closer}\n\n" if self.is_open(prompt_end) else f"{opener}\n\n{closer}\n\n"
 
     # ---------------------------------------------------------------- answers

@@ -190,9 +190,13 @@ def test_a_result_without_its_call_is_refused(chat, verb):
 # ------------------------------------------------------------------ bad input
 
 
-def test_two_tools_of_one_name_are_refused(chat):
+def test_two_tools_of_one_name_are_refused(chat, engine):
+    other = {"name": "get_weather", "parameters": {"type": "object", "properties": {"at": {}}}}
     with pytest.raises(RequestError, match="Two tools are named 'get_weather'"):
-        chat.bind_tools([get_weather, get_weather])
+        chat.bind_tools([get_weather, other])
+    # The same tool twice, in two forms, is one.
+    chat.bind_tools([get_weather, convert_to_openai_tool(get_weather)]).invoke("hi")
+    assert len(engine.last_render.tools) == 1
 
 
 @pytest.mark.parametrize(
