@@ -26,14 +26,11 @@ from engine.prompts import Prompt, RequestFactory, is_one_prompt, params_per_pro
 from engine.sampling_params import SamplingParams
 from engine.shared import SharedEngines
 from engine.stats import EngineStats
-from engine.text.answer_format import AnswerFormat
+from engine.text.answer_format import AnswerFormat, AnswerFormats
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-MAX_ANSWER_FORMATS = 64
-"""Chat templates whose conventions an engine remembers."""
 
 Messages = Sequence[dict[str, Any]]
 
@@ -81,7 +78,7 @@ class Engine:
         )
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
         self._finalizer = weakref.finalize(self, host.stop, drain=False, timeout=EXIT_TIMEOUT_S)
-        self._answer_formats: dict[tuple[str | None, str, str], AnswerFormat] = {}
+        self._answer_formats = AnswerFormats(host.text.model_type)
         self._close_lock = threading.Lock()
         self._release_shared: Callable[[], bool] | None = None
         logger.info(
@@ -226,29 +223,9 @@ class Engine:
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
     ) -> AnswerFormat:
-        """How this model is shown tools and how its answers are read. Remembered.
-
-        Args:
-            chat_template: Jinja source to use instead of the model's.
-            tool_parser: As in `AnswerFormat`.
-            reasoning_parser: As in `AnswerFormat`.
-
-        Raises:
-            ConfigError: A parser's name is unknown.
-            RequestError: There is no chat template.
-        """
-        key = (chat_template, tool_parser, reasoning_parser)
-        known = self._answer_formats.get(key)
-        if known is None:
-            known = AnswerFormat(
-                self._template(chat_template),
-                self._host.text.model_type,
-                tool_parser=tool_parser,
-                reasoning_parser=reasoning_parser,
-            )
-            if len(self._answer_formats) < MAX_ANSWER_FORMATS:
-                self._answer_formats[key] = known
-        return known
+        """How this model is shown tools and its answers are read; arguments as `AnswerFormat`'s."""
+        wanted = (chat_template, tool_parser, reasoning_parser)
+        return self._answer_formats.get(self._template, *wanted)
 
     def _need_tokenizer(self) -> Tokenizer:
         tokenizer = self._host.text.tokenizer

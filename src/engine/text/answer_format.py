@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
@@ -23,6 +23,8 @@ from engine.text.tool_parsers import TOOL_PARSERS, choose_tool_parser, make_tool
 
 # What templates call the switch for reasoning: Qwen3, SmolLM3, Gemma 4; Granite, DeepSeek V3.1.
 _SWITCHES = ("enable_thinking", "thinking")
+_MAX_REMEMBERED = 64
+"""Formats that one engine remembers."""
 _EFFORTS = ("low", "medium", "high")
 
 
@@ -227,6 +229,50 @@ class AnswerFormat:
         if tools is None:
             return None if splitter is None else AnswerReader(splitter, None)
         return AnswerReader(splitter, make_tool_parser(name, tools))
+
+
+class AnswerFormats:
+    """The formats of one model, remembered. Any thread.
+
+    Args:
+        model_type: As in `AnswerFormat`.
+    """
+
+    def __init__(self, model_type: str | None) -> None:
+        self._model_type = model_type
+        self._known: dict[tuple[str | None, str, str], AnswerFormat] = {}
+
+    def get(
+        self,
+        make_template: Callable[[str | None], ChatTemplate],
+        chat_template: str | None,
+        tool_parser: str,
+        reasoning_parser: str,
+    ) -> AnswerFormat:
+        """The format of a template, made once.
+
+        Args:
+            make_template: The chat template of a source; None stands for the model's own.
+            chat_template: The source.
+            tool_parser: As in `AnswerFormat`.
+            reasoning_parser: As in `AnswerFormat`.
+
+        Raises:
+            ConfigError: A parser's name is unknown.
+            RequestError: There is no chat template.
+        """
+        key = (chat_template, tool_parser, reasoning_parser)
+        known = self._known.get(key)
+        if known is None:
+            known = AnswerFormat(
+                make_template(chat_template),
+                self._model_type,
+                tool_parser=tool_parser,
+                reasoning_parser=reasoning_parser,
+            )
+            if len(self._known) < _MAX_REMEMBERED:
+                self._known[key] = known
+        return known
 
 
 def check_parser_names(tool_parser: str, reasoning_parser: str) -> None:
