@@ -29,6 +29,9 @@ import engine as engine_package
 from engine import Engine, StepError
 from llm_connectors.langchain import ChatLocal, register
 
+# The protocol events of LangChain and LangGraph are called experimental there.
+pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")
+
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}</tool_call>'
 
 
@@ -90,6 +93,16 @@ async def test_an_agent_in_an_event_loop_streams_messages_and_events(chat):
     assert "It is fog." in texts
     called = [chunk["name"] for piece in pieces for chunk in getattr(piece, "tool_call_chunks", [])]
     assert "get_weather" in called
+
+
+def test_an_agent_streams_protocol_events(chat, monkeypatch):
+    """Through the native hook, not through chunks."""
+    monkeypatch.setattr(ChatLocal, "_stream", None)
+    run = create_agent(chat, [get_weather]).stream_events(question(), version="v3")
+    events = [event for event in run if event["method"] == "messages"]
+    kinds = [event["params"]["data"][0]["event"] for event in events]
+    assert kinds.count("message-start") == kinds.count("message-finish") >= 2
+    assert "content-block-delta" in kinds
 
 
 def test_a_schema_makes_a_provider_strategy(chat, engine):
