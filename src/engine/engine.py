@@ -225,19 +225,9 @@ class Engine(PoolingFace):
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
     ) -> AnswerFormat:
-        """How this model is shown tools and how its answers are read.
-
-        Args:
-            chat_template: Jinja source to use instead of the model's.
-            tool_parser: As in `AnswerFormat`.
-            reasoning_parser: As in `AnswerFormat`.
-
-        Raises:
-            ConfigError: A parser's name is unknown.
-            RequestError: There is no chat template.
-        """
-        asked = (chat_template, tool_parser, reasoning_parser)
-        return self._answer_formats.get(asked, self._template)
+        """How this model is shown tools and its answers are read; arguments as `AnswerFormat`'s."""
+        wanted = (chat_template, tool_parser, reasoning_parser)
+        return self._answer_formats.get(self._template, *wanted)
 
     def _need_tokenizer(self) -> Tokenizer:
         tokenizer = self._host.text.tokenizer

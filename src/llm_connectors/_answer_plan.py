@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine import CallEnd, RequestError, SamplingParams
-from llm_connectors._schema import call_or_answer_schema, call_schema, schema_text
+from llm_connectors._answer_constraint import FREE, AnswerConstraint, answer_constraint
+from llm_connectors._call_grammar import Thinking
 from llm_connectors._tool_request import ToolRequest
 
 if TYPE_CHECKING:
-    from engine import AnswerFormat, AnswerReader, CallSyntax, Engine, Piece
+    from engine import AnswerFormat, AnswerReader, Engine, Piece
 
 _CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 _NUM_END_TOKENS = 24
@@ -73,13 +74,11 @@ class AnswerPlan:
             **self._form.reasoning_variables(options.reasoning),
             **options.template_kwargs,
         }
-        self._opening, self._closing = "", ""
-        self._parser_name: str | None = None
-        schema = self._constraint(params)
-        self._ends_reasoning = self._form.has_reasoning and (
-            schema is not None or self._form.closes_reasoning(options.reasoning)
+        self._constraint = self._made_constraint(params)
+        self._ends_reasoning = self._form.closes_reasoning(options.reasoning) or (
+            self._form.has_reasoning and self._constraint.ends_reasoning
         )
-        self.params = self._with_constraint(params, schema)
+        self.params = self._constrained(params)
 
     # ---------------------------------------------------------------- prompts
 
@@ -101,14 +100,14 @@ class AnswerPlan:
         prompts = self._engine.apply_chat_template_batch(
             fitted, tools=shown_tools, chat_template=self._options.chat_template, **self._variables
         )
-        if self._ends_reasoning or self._opening:
+        if self._ends_reasoning or self._constraint.opening:
             prompts = [prompt + self._begun(prompt) for prompt in prompts]
         return prompts
 
     def _begun(self, prompt: Sequence[int]) -> list[int]:
         """Tokens of what is already written of the answer."""
-        text = self._opening
-        if self._ends_reasoning and not (self._form.needs_control_tokens and self._opening):
+        text = self._constraint.opening
+        if self._ends_reasoning and not (self._form.needs_control_tokens and text):
             end = self._engine.detokenize(prompt[-_NUM_END_TOKENS:], skip_special_tokens=False)
             request = self._options.request
             text = self._form.closing_text(end, with_tools=self._expects_calls(request)) + text
@@ -120,54 +119,41 @@ class AnswerPlan:
 
     # ---------------------------------------------------------------- constraints
 
-    def _constraint(self, params: SamplingParams) -> str | None:
-        """The JSON schema that this call's answers are held to, as text."""
+    def _made_constraint(self, params: SamplingParams) -> AnswerConstraint:
         request = self._options.request
-        if request is None:
-            return None
-        wanted = request.choice == "forced" or request.answer_schema is not None
+        if request is None or not (request.tools or request.answer_schema is not None):
+            return FREE
         given = [name for name in _CONSTRAINTS if getattr(params, name) is not None]
-        if wanted and given:
+        if given:
+            if request.choice != "forced" and request.answer_schema is None:
+                return FREE
             msg = (
                 f"{given[0]}=… and {'tool_choice' if request.forced else 'response_format'} both "
                 "constrain the answer. Give one."
             )
             raise RequestError(msg)
-        if request.choice == "forced":
-            return self._forced_call(request)
-        if request.answer_schema is None:
+        return answer_constraint(
+            self._form,
+            self._engine.tokenizer.special_tokens,
+            request,
+            reasoning=bool(self._options.reasoning),
+            thinking=self._thinking(),
+        )
+
+    def _thinking(self) -> Thinking | None:
+        """The reasoning that may come before what is constrained."""
+        marks = self._form.reasoning_marks
+        if marks is None or self._options.reasoning is False:
             return None
-        if not request.tools:
-            return schema_text(request.answer_schema, "The schema of response_format")
-        # Either a call, without markup so that both are JSON, or the final answer.
-        self._parser_name = "json"
-        schema = call_or_answer_schema(request.schemas, request.answer_schema)
-        return schema_text(schema, "The schema of tools and response_format")
+        variables = {
+            name: value
+            for name, value in self._variables.items()
+            if name != "continue_final_message"
+        }
+        return Thinking(*marks, is_open=self._form.opens_reasoning(variables))
 
-    def _forced_call(self, request: ToolRequest) -> str:
-        schemas = request.forced_schemas
-        syntax = self._form.syntax
-        if len(schemas) == 1 and not request.parallel and syntax is not None:
-            ((name, schema),) = schemas.items()
-            self._opening = syntax.trigger + name + syntax.after_name
-            self._closing = syntax.after_arguments + syntax.end
-            return schema_text(schema, f"The schema of tool {name!r}")
-        key = "arguments"
-        if syntax is not None and syntax.is_object:
-            self._opening, self._closing = _around(syntax, is_list=bool(request.parallel))
-            key = syntax.arguments_key
-        else:
-            # The family writes no JSON: the call is forced into a form that is read as well.
-            self._parser_name = "json"
-            if self._form.needs_control_tokens:
-                self._opening = "<|channel|>final<|message|>"
-        schema = call_schema(schemas, key, is_list=bool(request.parallel))
-        return schema_text(schema, "The schema of the tools")
-
-    def _with_constraint(self, params: SamplingParams, schema: str | None) -> SamplingParams:
-        changes: dict[str, Any] = {}
-        if schema is not None:
-            changes["json_schema"] = schema
+    def _constrained(self, params: SamplingParams) -> SamplingParams:
+        changes: dict[str, Any] = dict(self._constraint.fields)
         if params.skip_special_tokens and self._marks_in_text() and self._needs_reader():
             changes["skip_special_tokens"] = False
         return params.replace(**changes) if changes else params
@@ -192,15 +178,16 @@ class AnswerPlan:
         reader = self._form.reader(
             request.schemas if request is not None and request.tools else None,
             is_open=is_open,
-            tool_parser=self._parser_name,
+            tool_parser=self._constraint.parser_name,
             with_reasoning=not self._ends_reasoning,
         )
         if reader is None:
             return None
-        opening = self._opening if self._parser_name is None else ""
+        constraint = self._constraint
+        opening = constraint.opening if constraint.parser_name is None else ""
         at_most_one = request is not None and request.parallel is False
         return AnswerStream(
-            reader, opening, self._closing, self._unwanted_tokens(), at_most_one=at_most_one
+            reader, opening, constraint.closing, self._unwanted_tokens(), at_most_one=at_most_one
         )
 
     def count_tokens(self, text: str) -> int:
@@ -282,13 +269,6 @@ class AnswerStream:
             kept.append(piece)
             self._has_call = isinstance(piece, CallEnd)
         return kept
-
-
-def _around(syntax: CallSyntax, *, is_list: bool) -> tuple[str, str]:
-    """What stands before and behind the JSON of one call, or of a list of them."""
-    if is_list or not syntax.begin:
-        return syntax.opener, syntax.closer
-    return syntax.opener + "[", "]" + syntax.closer
 
 
 def _has_tools(message: Mapping[str, Any]) -> bool:

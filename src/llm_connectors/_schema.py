@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from engine import ConstraintError
@@ -51,6 +51,60 @@ def _check(value: Any, path: str, parents: tuple[int, ...], what: str) -> None:
         raise ConstraintError(msg)
 
 
+_COMPOSED = ("if", "dependentSchemas", "dependencies", "unevaluatedProperties", "$dynamicRef")
+_OPEN = ("additionalProperties", "patternProperties", "allOf")
+
+
+def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """`schema` without properties that it does not name, as OpenAI's strict mode has it.
+
+    By the letter an object may have more properties than its schema names. Nobody who describes a
+    tool or an answer means that, and models make use of it. Schemas that put one object together
+    from several (`allOf` of more than one, `if`) are left as they are.
+    """
+    return dict(schema) if _is_composed(schema) else _closed(schema)
+
+
+def _is_composed(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        parts = value.get("allOf")
+        if any(name in value for name in _COMPOSED) or (isinstance(parts, list) and len(parts) > 1):
+            return True
+        return any(map(_is_composed, value.values()))
+    return isinstance(value, list | tuple) and any(map(_is_composed, value))
+
+
+def _closed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        closed = {
+            # What is under "properties" are names, not keywords.
+            key: {name: _closed(one) for name, one in item.items()}
+            if key == "properties" and isinstance(item, Mapping)
+            else _closed(item)
+            for key, item in value.items()
+            if key not in ("const", "enum", "default", "examples")
+        }
+        kept = {key: value[key] for key in ("const", "enum", "default", "examples") if key in value}
+        closed |= kept
+        if isinstance(value.get("properties"), Mapping) and not any(one in value for one in _OPEN):
+            closed["additionalProperties"] = False
+        return closed
+    if isinstance(value, list | tuple):
+        return [_closed(item) for item in value]
+    return value
+
+
+def without_annotations(value: Any) -> Any:
+    """A schema without titles and descriptions: what is left decides which values fit."""
+    if isinstance(value, Mapping):
+        return {
+            key: without_annotations(item)
+            for key, item in value.items()
+            if key not in ("title", "description") or not isinstance(item, str)
+        }
+    return [without_annotations(item) for item in value] if isinstance(value, list) else value
+
+
 def argument_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """The schema of a tool's arguments, an object without properties where it takes none."""
     if not parameters:
@@ -59,7 +113,11 @@ def argument_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def call_schema(
-    tools: Mapping[str, Mapping[str, Any]], arguments_key: str, *, is_list: bool
+    tools: Mapping[str, Mapping[str, Any]],
+    arguments_key: str,
+    *,
+    is_list: bool,
+    at_most_one: bool = False,
 ) -> dict[str, Any]:
     """A schema of a call to one of `tools`, or of a list of one and more.
 
@@ -67,6 +125,7 @@ def call_schema(
         tools: Name -> schema of the arguments.
         arguments_key: The call's key of its arguments.
         is_list: Several calls at once.
+        at_most_one: The list may have one call only.
     """
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
@@ -76,7 +135,12 @@ def call_schema(
             arguments_key: _embedded(schema, f"tool{len(calls)}", definitions),
         }
         calls.append(_closed_object(properties))
-    return _with_definitions(_one_of(calls, is_list=is_list), definitions)
+    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if is_list:
+        one = {"type": "array", "items": one, "minItems": 1}
+        if at_most_one:
+            one["maxItems"] = 1
+    return _with_definitions(one, definitions)
 
 
 def call_or_answer_schema(
@@ -98,11 +162,6 @@ def _closed_object(properties: dict[str, Any]) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
-
-
-def _one_of(calls: Sequence[dict[str, Any]], *, is_list: bool) -> dict[str, Any]:
-    one = calls[0] if len(calls) == 1 else {"anyOf": list(calls)}
-    return {"type": "array", "items": one, "minItems": 1} if is_list else one
 
 
 def _with_definitions(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from engine import RequestError, nearest_name_hint
-from llm_connectors._schema import argument_schema, schema_text
+from llm_connectors._schema import (
+    argument_schema,
+    closed_schema,
+    schema_text,
+    without_annotations,
+)
 
 _ANY_WORDS = ("any", "required")
 _MAX_REMEMBERED = 256
@@ -27,6 +32,7 @@ class ToolRequest:
         forced: Names of which one must be called.
         parallel: Whether several calls at once are wanted; None leaves it to the model.
         answer_schema: JSON schema of the final answer; None for text.
+        strict: False leaves calls that the model makes by itself unconstrained.
     """
 
     tools: tuple[dict[str, Any], ...]
@@ -35,6 +41,7 @@ class ToolRequest:
     forced: tuple[str, ...]
     parallel: bool | None
     answer_schema: Mapping[str, Any] | None
+    strict: bool | None
 
     @property
     def forced_schemas(self) -> dict[str, Mapping[str, Any]]:
@@ -83,7 +90,8 @@ def tool_request(
             call unless this is True.
         response_format: `{"type": "json_schema", "json_schema": {"schema": …}}`, the schema alone,
             `{"type": "json_object"}` or `{"type": "text"}`.
-        strict: Accepted: arguments always fit the schema where a call is forced.
+        strict: False leaves the arguments of calls that the model makes by itself unconstrained;
+            otherwise they are held to the schema, as those of forced calls always are.
 
     Returns:
         None where neither tools nor a format are asked for.
@@ -97,11 +105,12 @@ def tool_request(
             msg = f"{name}={value!r} must be True, False or None."
             raise RequestError(msg)
     listed = _as_list(tools)
-    key = (tuple(map(id, listed)), repr(tool_choice), parallel_tool_calls, id(response_format))
+    wishes = (repr(tool_choice), parallel_tool_calls, strict)
+    key = (tuple(map(id, listed)), id(response_format), wishes)
     given = (listed, response_format)
     known = _memory.get(key, given)
     if known is None:
-        known = _made(listed, tool_choice, parallel_tool_calls, response_format)
+        known = _made(listed, tool_choice, parallel_tool_calls, response_format, strict)
         _memory.put(key, given, known)
     return known
 
@@ -111,14 +120,19 @@ def _made(
     tool_choice: Any,
     parallel: bool | None,
     response_format: Mapping[str, Any] | None,
+    strict: bool | None,
 ) -> ToolRequest | None:
     schemas: dict[str, Mapping[str, Any]] = {}
+    shown: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
         name, schema = _name_and_schema(tool, index)
         if name in schemas:
+            if without_annotations(schema) == without_annotations(schemas[name]):
+                continue  # the same tool, given twice
             msg = f"Two tools are named {name!r}. The model could not tell them apart; rename one."
             raise RequestError(msg)
         schemas[name] = schema
+        shown.append(copy.deepcopy(dict(tool)))
     answer_schema = _answer_schema(response_format)
     choice, forced = _choice(tool_choice, tuple(schemas))
     if not tools and answer_schema is None:
@@ -130,9 +144,8 @@ def _made(
         )
         raise RequestError(msg)
     if choice == "none":
-        tools = []
-    shown = tuple(copy.deepcopy(dict(tool)) for tool in tools)
-    return ToolRequest(shown, schemas, choice, forced, parallel, answer_schema)
+        shown = []
+    return ToolRequest(tuple(shown), schemas, choice, forced, parallel, answer_schema, strict)
 
 
 def _as_list(tools: Any) -> list[Mapping[str, Any]]:
@@ -164,7 +177,7 @@ def _name_and_schema(tool: Any, index: int) -> tuple[str, Mapping[str, Any]]:
         raise RequestError(msg)
     schema = argument_schema(parameters)
     schema_text(schema, f"The schema of tool {name!r}")
-    return name, schema
+    return name, closed_schema(schema)
 
 
 def _choice(
@@ -226,4 +239,4 @@ def _answer_schema(response_format: Any) -> Mapping[str, Any] | None:
         msg = 'response_format of type "json_schema" has no "schema" in its "json_schema".'
         raise RequestError(msg)
     schema_text(schema, "The schema of response_format")
-    return schema
+    return closed_schema(schema)

@@ -78,7 +78,13 @@ EXPECTED = {
     "growth": ["tiny/running-1", "tiny/running-8", "tiny/context-256x1", "tiny/context-512x4"],
     "frameworks": ["tiny/Engine.generate", "tiny/ChatLocal.abatch", "tiny/LocalLLM.achat x8"],
     "host": ["Engine.generate", "ChatLocal.abatch", "LocalLLM.achat x12"],
-    "callers": ["Engine.chat", "ChatLocal.batch", "ChatLocal.astream x16", "LocalLLM.achat x16"],
+    "callers": [
+        "Engine.chat",
+        "ChatLocal.batch",
+        "ChatLocal.astream x16",
+        "LocalLLM.achat x16",
+        "bind 10 tools, any",
+    ],
 }
 
 

@@ -55,7 +55,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 def test_the_readmes_code_runs(demo_model: str, tmp_path: Path) -> None:
     """All Python blocks of the README in one process, one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks))
     done = subprocess.run(

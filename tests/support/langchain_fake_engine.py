@@ -91,6 +91,7 @@ class FakeEngine:
             all_sources=template,
             supports_tools=shows_tools,
             supports_system_role=True,
+            render=lambda messages, **variables: messages[-1]["content"],
             variables=frozenset(
                 name for name in ("enable_thinking", "reasoning_effort") if name in template
             ),

@@ -364,6 +364,9 @@ def _format(source: str, tool_parser: str, reasoning_parser: str) -> AnswerForma
         supports_tools="tools" in source,
         supports_system_role="no system role" not in source,
         variables=frozenset(name for name in known if name in source),
+        render=lambda messages, **variables: _compiled(source).render(
+            messages=messages, **variables
+        ),
     )
     return AnswerFormat(template, tool_parser=tool_parser, reasoning_parser=reasoning_parser)  # type: ignore[arg-type]
 

@@ -87,8 +87,8 @@ class SequenceConstraint:
 
     @property
     def has_own_mask(self) -> bool:
-        """The mask is not the matcher's: one token is allowed, the next on the way to the end."""
-        return self._follows_way and bool(self._way)
+        """The mask is not the matcher's: the next token on the way to the end is allowed alone."""
+        return self._follows_way
 
     def accept(self, token_id: int, num_left: int) -> bool:
         """Take in a sampled token.
@@ -137,10 +137,11 @@ class SequenceConstraint:
         Args:
             words: [num_mask_words], written.
         """
-        assert self._way, "the way to the end has a next token"
         words[...] = 0
-        token_id = self._way[0]
-        words.view(np.uint32)[token_id >> 5] = np.uint32(1 << (token_id & 31))
+        # Where the way is empty the answer is complete, and the token that was taken back would
+        # have begun something that there is no room for.
+        for token_id in (self._way or [])[:1] or self._vocabulary.eos_token_ids:
+            words.view(np.uint32)[token_id >> 5] |= np.uint32(1 << (token_id & 31))
 
     def bar_early_end(self, words: npt.NDArray[np.int32]) -> None:
         """Take the end-of-sequence ids out of a mask that allows others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,8 @@ from engine.text.tool_parsers import TOOL_PARSERS, choose_tool_parser, make_tool
 
 # What templates call the switch for reasoning: Qwen3, SmolLM3, Gemma 4; Granite, DeepSeek V3.1.
 _SWITCHES = ("enable_thinking", "thinking")
-MAX_REMEMBERED = 64
-"""Chat templates whose conventions an engine remembers."""
+_MAX_REMEMBERED = 64
+"""Formats that one engine remembers."""
 _EFFORTS = ("low", "medium", "high")
 
 
@@ -66,6 +67,7 @@ class AnswerFormat:
         self.markers: tuple[str, ...] = TOOL_PARSERS[self.tool_parser].markers
         self._marks = REASONING_MARKS.get(self.reasoning)
         self.markers += self._marks or ()
+        self._opens: dict[str, bool] = {}
 
     # ---------------------------------------------------------------- what the model can do
 
@@ -83,6 +85,27 @@ class AnswerFormat:
     def has_reasoning(self) -> bool:
         """Whether the model may think before it answers."""
         return self.reasoning != "none"
+
+    @property
+    def effort_levels(self) -> tuple[str, ...]:
+        """Efforts that `reasoning=` may name; empty for a model that takes none."""
+        return _EFFORTS if "reasoning_effort" in self._template.variables else ()
+
+    @property
+    def reasoning_marks(self) -> tuple[str, str] | None:
+        """What begins and what ends the reasoning, where marks do."""
+        return self._marks
+
+    def opens_reasoning(self, variables: Mapping[str, Any]) -> bool:
+        """Whether prompts made with these template variables end inside the reasoning."""
+        if self._marks is None:
+            return False
+        key = json.dumps(variables, sort_keys=True, default=str)
+        known = self._opens.get(key)
+        if known is None:
+            prompt = self._template.render([{"role": "user", "content": "Hi"}], **variables)
+            known = self._opens[key] = self.is_open(prompt)
+        return known
 
     @property
     def needs_control_tokens(self) -> bool:
@@ -166,6 +189,8 @@ class AnswerFormat:
             return "<|channel|>final<|message|>"
         assert self._marks is not None, "only called where there is reasoning"
         opener, closer = self._marks
+        if prompt_end.rstrip().endswith(closer):
+            return ""  # the template has ended it
         return f"\n{closer}\n\n" if self.is_open(prompt_end) else f"{opener}\n\n{closer}\n\n"
 
     # ---------------------------------------------------------------- answers
@@ -207,10 +232,10 @@ class AnswerFormat:
 
 
 class AnswerFormats:
-    """The formats of one model, by template and parsers; made when first asked for. Thread-safe.
+    """The formats of one model, remembered. Any thread.
 
     Args:
-        model_type: As in the model's config.json.
+        model_type: As in `AnswerFormat`.
     """
 
     def __init__(self, model_type: str | None) -> None:
@@ -219,26 +244,34 @@ class AnswerFormats:
 
     def get(
         self,
-        asked: tuple[str | None, str, str],
-        template: Callable[[str | None], ChatTemplate],
+        make_template: Callable[[str | None], ChatTemplate],
+        chat_template: str | None,
+        tool_parser: str,
+        reasoning_parser: str,
     ) -> AnswerFormat:
-        """The format that is `asked` for; 64 are remembered.
+        """The format of a template, made once.
 
         Args:
-            asked: Template source or None for the model's, tool parser, reasoning parser.
-            template: Makes the template of a source.
+            make_template: The chat template of a source; None stands for the model's own.
+            chat_template: The source.
+            tool_parser: As in `AnswerFormat`.
+            reasoning_parser: As in `AnswerFormat`.
+
+        Raises:
+            ConfigError: A parser's name is unknown.
+            RequestError: There is no chat template.
         """
-        known = self._known.get(asked)
+        key = (chat_template, tool_parser, reasoning_parser)
+        known = self._known.get(key)
         if known is None:
-            source, tool_parser, reasoning_parser = asked
             known = AnswerFormat(
-                template(source),
+                make_template(chat_template),
                 self._model_type,
                 tool_parser=tool_parser,
                 reasoning_parser=reasoning_parser,
             )
-            if len(self._known) < MAX_REMEMBERED:
-                self._known[asked] = known
+            if len(self._known) < _MAX_REMEMBERED:
+                self._known[key] = known
         return known
 
 

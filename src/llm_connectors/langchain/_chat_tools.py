@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,6 @@ from engine import RequestError
 from llm_connectors._answer_plan import AnswerOptions
 from llm_connectors._tool_request import ToolRequest, tool_request
 from llm_connectors.langchain._chat_streams import ChatStreams
-from llm_connectors.langchain._fields import CallOptions
 from llm_connectors.langchain._tools import openai_tools
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 from llm_connectors.langchain.structured_output import (
@@ -37,18 +35,13 @@ class ChatTools(ChatStreams):
     """`bind_tools` and `with_structured_output`, and what calls make of them."""
 
     @override
-    def _call_options(
-        self, stop: list[str] | None, kwargs: Mapping[str, Any], **own_overrides: Any
-    ) -> CallOptions:
-        given = dict(kwargs)
+    def _answer_options(self, given: dict[str, Any], own: Mapping[str, Any]) -> AnswerOptions:
         for name, newer in _OLD_NAMES.items():
             if given.pop(name, None) is not None:
                 msg = f"{name}=… is the name of an API that is gone. Use {newer}=…."
                 raise RequestError(msg)
         asked = {name: given.pop(name) for name in _REQUEST_NAMES if name in given}
-        options = super()._call_options(stop, given, **own_overrides)
-        own = options.own
-        answer = AnswerOptions(
+        return AnswerOptions(
             chat_template=own["chat_template"],
             template_kwargs=own["chat_template_kwargs"],
             tool_parser=own["tool_parser"],
@@ -56,7 +49,6 @@ class ChatTools(ChatStreams):
             reasoning=own["reasoning"],
             request=_request(asked) if asked else None,
         )
-        return dataclasses.replace(options, answer=answer)
 
     @override
     def bind_tools(
@@ -80,7 +72,8 @@ class ChatTools(ChatStreams):
             tool_choice: None or "auto": the model decides. "any", "required" or True: it must call
                 one, held to the tool's schema. A tool's name, or a dict with one: it must call
                 that. "none": it is shown none.
-            strict: Accepted: arguments of forced calls always fit the schema.
+            strict: False leaves the arguments of calls that the model makes by itself
+                unconstrained. Otherwise they are held to the tool's schema.
             parallel_tool_calls: False: one call at most. True: a forced answer may have several.
             response_format: Schema of the final answer, which the model gives when it calls none.
             **kwargs: Further options of the calls.
@@ -94,6 +87,8 @@ class ChatTools(ChatStreams):
                 bound["tool_choice"] = tool_choice
             if parallel_tool_calls is not None:
                 bound["parallel_tool_calls"] = parallel_tool_calls
+            if strict is not None:
+                bound["strict"] = strict
             if response_format is not None:
                 bound["response_format"] = _as_dict(response_format)
             _request(bound)
@@ -143,7 +138,7 @@ class ChatTools(ChatStreams):
                     if schema is None
                     else response_format(schema, strict=strict)
                 )
-                _request({"response_format": wanted})
+                _request({"response_format": wanted, "strict": strict})
                 model = self.bind(response_format=wanted, **kwargs)
                 parser = parser_of_answer(schema)
         return RawAndParsed(model, parser) if include_raw else model | parser

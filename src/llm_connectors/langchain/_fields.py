@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, SecretStr, model_validator
 from engine import RequestError, SamplingParams
 from llm_connectors._aliases import registered_lease
 from llm_connectors._answer_plan import AnswerOptions
+from llm_connectors._env import default_model, with_default_options
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
@@ -37,6 +38,9 @@ MAX_INLINE_CHARS = 8192
 than a hop to a worker thread beside a busy engine. Longer ones go to a worker thread."""
 
 
+_PLAIN_TEXT = AnswerOptions()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class CallOptions:
     """Everything one call asks for, checked.
@@ -57,14 +61,15 @@ class CallOptions:
     own: dict[str, Any]
     model: str
     lease: EngineLease
-    answer: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
+    answer: AnswerOptions = _PLAIN_TEXT
 
 
 class LocalModelFields(SamplingFields):
     """Mixin of `ChatLocal` and `LocalLLM`: where the model comes from and how it is called."""
 
     model: str = Field(default="", frozen=True)
-    """Folder, `.gguf` file, hub id or "smollm2-135m". Also accepted as `model_name`."""
+    """Folder, `.gguf` file, hub id or "smollm2-135m". Also accepted as `model_name`. Default: the
+    environment's LLM_CONNECTORS_MODEL."""
 
     engine: Any = Field(default=None, exclude=True, repr=False, frozen=True)
     """An `engine.Engine` to use instead of the shared one. Who made it closes it."""
@@ -110,6 +115,10 @@ class LocalModelFields(SamplingFields):
         engine = options.get("engine")
         if engine is not None and not options.get("model"):
             options["model"] = engine.model_name
+        if engine is None:
+            options["model"] = options.get("model") or default_model() or ""
+            if isinstance(options.get("engine_kwargs"), Mapping | None):
+                options["engine_kwargs"] = with_default_options(options.get("engine_kwargs"))
         return options
 
     @model_validator(mode="after")
@@ -213,11 +222,21 @@ class LocalModelFields(SamplingFields):
         }
         given.pop("stream", None)  # read by LangChain, which then calls `_stream` or not
         model, lease = self._chosen_model(given)
+        answer = self._answer_options(given, own)
         valid_names = (*SAMPLING_NAMES, *_ALIASES, *self._own_call_names)
         check_names(given, (*valid_names, "timeout", "priority", "cache_salt"), "call option")
         if stop:
             given["stop"] = merge_stop(stop, given.get("stop"))
-        return CallOptions(self._sampling_params(given), timeout, submit, own, model, lease)
+        params = self._sampling_params(given)
+        return CallOptions(params, timeout, submit, own, model, lease, answer)
+
+    def _answer_options(self, given: dict[str, Any], own: Mapping[str, Any]) -> AnswerOptions:
+        """How answers are read, with what it takes out of the call's options.
+
+        Raises:
+            RequestError: An option about tools or format is bad.
+        """
+        return _PLAIN_TEXT
 
     def _chosen_model(self, given: dict[str, Any]) -> tuple[str, EngineLease]:
         """The model a call asks for, taken out of its options: this object's or a registered one.

@@ -283,18 +283,28 @@ class ChatLocal(ChatTools):
             audio_inputs=False,
             video_inputs=False,
             pdf_inputs=False,
-            tool_calling=False,
-            structured_output=False,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
             temperature=True,
         )
         if self.engine is not None:
-            profile["max_input_tokens"] = self.engine.max_model_len
+            self._complete_profile(profile, self.engine)
         return profile
 
     @override
     def _on_engine(self, engine: Engine) -> None:
-        if self.profile is not None:
-            self.profile.setdefault("max_input_tokens", engine.max_model_len)
+        if self.profile is not None and "max_input_tokens" not in self.profile:
+            self._complete_profile(self.profile, engine)
+
+    def _complete_profile(self, profile: ModelProfile, engine: Engine) -> None:
+        profile["max_input_tokens"] = engine.max_model_len
+        if engine.has_chat_template or self.chat_template is not None:
+            form = engine.answer_format(self.chat_template, self.tool_parser, self.reasoning_parser)
+            profile["reasoning_output"] = form.has_reasoning
+            if form.effort_levels:
+                profile["reasoning_effort_levels"] = list(form.effort_levels)
 
 
 def _plain_chunk(chunk: ChatGenerationChunk, message_id: str) -> AIMessageChunk:

@@ -185,7 +185,7 @@ def test_a_pickle_carries_the_engines_name_and_options(shared, model_class):
 def test_profile_knows_the_context_once_it_is_known(shared):
     chat = ChatLocal(model="m")
     assert "max_input_tokens" not in chat.profile
-    assert chat.profile["tool_calling"] is False
+    assert chat.profile["tool_calling"] is True
     chat.load()
     assert chat.profile["max_input_tokens"] == 10_000
     assert ChatLocal(engine=chat._engine()).profile["max_input_tokens"] == 10_000

@@ -161,6 +161,11 @@ def test_a_block_that_the_prompt_opens_is_seen(tokenizer: Tokenizer) -> None:
     assert not form.is_open("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert form.closing_text("assistant\n<think>\n", with_tools=True) == "\n</think>\n\n"
     assert form.closing_text("assistant\n", with_tools=True) == "<think>\n\n</think>\n\n"
+    assert form.closing_text("<think>\n\n</think>\n\n", with_tools=True) == ""
+    assert not form.opens_reasoning({})
+    opening = QWEN3.removesuffix("{%- endif %}") + "{{- '<think>\\n' }}{%- endif %}"
+    _, opened = make(tokenizer, opening)
+    assert opened.opens_reasoning({})
 
 
 def test_names_of_parsers_are_checked(tokenizer: Tokenizer) -> None:
