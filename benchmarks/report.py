@@ -246,6 +246,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "growth": growth,
     "memory": simple("memory"),
     "callers": simple("callers"),
+    "llama_index": simple("llama_index"),
     "host": host,
     "cpu": cpu,
 }
