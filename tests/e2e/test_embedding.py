@@ -263,6 +263,32 @@ def test_max_model_len(tiny: tuple[Path, Any]) -> None:
         Engine(str(folder), device="cpu", max_model_len=201)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_kv_blocks": 8}, "num_kv_blocks=8 sizes a KV cache"),
+        ({"block_size": 64}, "block_size=64"),
+        ({"kv_cache_memory_bytes": 1}, "kv_cache_memory_bytes=1"),
+    ],
+)
+def test_options_without_a_meaning(
+    tiny: tuple[Path, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Engine(str(tiny[0]), device="cpu", **options)
+
+
+def test_pooling_of_a_model_that_generates(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Add task='embed'"):
+        Engine(str(tiny_llama), device="cpu", pooling="mean")
+
+
+def test_texts_of_one_step(tiny: tuple[Path, Any]) -> None:
+    with Engine(str(tiny[0]), device="cpu", num_threads=1, max_num_seqs=8) as engine:
+        engine.embed([f"text {letter}" for letter in "abcdefghijklmnopqrst"])
+        assert (engine.stats().peak_running, engine.stats().steps) == (8, 3)
+
+
 # -------------------------------------------------------------------- what it is not
 
 

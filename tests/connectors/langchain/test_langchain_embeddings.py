@@ -181,7 +181,7 @@ def test_a_model_that_generates_says_what_to_do(tiny_engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"modell": "x"}, "Did you mean 'model'"),
+        ({"mode": "x"}, "Did you mean 'model'"),
         ({}, "No model given"),
         ({"model": "x", "on_overflow": "cut"}, "on_overflow='cut'"),
         ({"model": "x", "dimensions": 0}, "dimensions"),
