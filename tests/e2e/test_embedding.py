@@ -447,3 +447,14 @@ def test_shared_engines(tiny: tuple[Path, Any]) -> None:
     assert second.embed("x").shape == (64,)
     second.close()
     assert second.is_closed
+
+
+def test_one_model_generates_and_embeds_side_by_side(tiny_llama: Path) -> None:
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1}
+    generating = Engine.shared(str(tiny_llama), **options)
+    embedding = Engine.shared(str(tiny_llama), task="embed", **options)
+    assert (generating.task, embedding.task) == ("generate", "embed")
+    assert embedding.embed("x").shape == (64,)
+    assert generating.generate("x", SamplingParams(max_tokens=1)).outputs
+    generating.close()
+    embedding.close()
