@@ -7,9 +7,9 @@
 
 Sections on a GPU: table (the five workloads and the start), busy (beside spinning Python threads),
 latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
-sequences, context), memory, kernels. On a CPU: cpu (side by side with transformers), callers (what
-the caller's side costs per request), host (the same at a GPU's pace, on a device that only waits).
-On both: llama_index (pipelines through LlamaIndex).
+sequences, context), memory, kernels, embed (vectors beside the usual loop). On a CPU: cpu (side by
+side with transformers), callers (what the caller's side costs per request), host (the same at a
+GPU's pace, on a device that only waits), embed. On both: llama_index (pipelines through LlamaIndex).
 
 Every figure is a row, appended to `bench-results/rows.jsonl` the moment it is known. Each job is a
 process of its own with a time budget; a job over its budget is killed, its rows stay. At the end
@@ -45,9 +45,16 @@ GPU_SECTIONS = {
     "growth": 150.0,
     "memory": 90.0,
     "kernels": 240.0,
+    "embed": 120.0,
     "llama_index": 90.0,
 }
-CPU_SECTIONS = {"cpu": 900.0, "callers": 120.0, "host": 300.0, "llama_index": 400.0}
+CPU_SECTIONS = {
+    "cpu": 900.0,
+    "callers": 120.0,
+    "host": 300.0,
+    "embed": 240.0,
+    "llama_index": 400.0,
+}
 SECTIONS = {**GPU_SECTIONS, **CPU_SECTIONS}
 
 

@@ -15,6 +15,7 @@ DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 PLACEMENTS = ("thread", "process")
 TASKS = ("auto", "generate", "embed")
+DEFAULT_MAX_NUM_SEQS = 256
 POOLINGS = ("auto", "cls", "last", "max", "mean")
 
 
@@ -44,6 +45,7 @@ class EngineConfig:
         max_model_len: Most tokens of prompt and answer together. Default: the model's own limit,
             lowered to what the KV cache holds.
         max_num_seqs: Most sequences running at once, 1 to 4096. Further ones wait. Default 256.
+            Where texts are embedded or scored, most texts of one step; 4096 unless it is set.
         max_num_batched_tokens: Token budget of one step, prompt chunks included. Default 8192 on a
             GPU (large matrix products stay efficient), 1024 on a CPU (a step stays short enough
             for smooth streaming); where texts are embedded or scored 16384 on a GPU.
@@ -58,7 +60,8 @@ class EngineConfig:
         enforce_eager: Never capture CUDA graphs. Slower; for debugging. Default off.
         batch_invariant: On a GPU use kernels whose result for one sequence does not depend on its
             batch neighbours, so that greedy and seeded answers repeat exactly whatever else runs.
-            Slower; default off. On a CPU this always holds and the option changes nothing.
+            Slower; default off. On a CPU this always holds and the option changes nothing. Encoders
+            on a GPU have it in half precision only.
         num_threads: CPU threads of the engine thread's operations. Default: the cores this
             process may use and others leave free, up to 16, looked at several times a second.
         placement: Where the engine loop runs. "thread" (default): in a thread of this process.
@@ -83,7 +86,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.85
     kv_cache_memory_bytes: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.build import device_context, resolve_device, resolve_dtype, take_stream
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import DEFAULT_MAX_NUM_SEQS, EngineConfig, ResolvedConfig
 from engine.core.pooling_scheduler import PoolingScheduler
 from engine.errors import ConfigError, UnsupportedModelError
 from engine.loader.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
@@ -43,7 +43,7 @@ _GPU_STEP_TOKENS = 16384
 _CPU_STEP_TOKENS = 1024
 _GPU_STEPS_IN_FLIGHT = 2
 _MOST_TEXTS = 4096
-"""Of one step. `max_num_seqs` bounds running answers, which texts of a few tokens are not."""
+"""Of one step, unless `max_num_seqs` is set: its default is meant for running answers."""
 _DECODER_HEAD = "score"
 
 
@@ -112,6 +112,8 @@ def _build(config: EngineConfig, device: torch.device) -> PoolingParts:
         step_tokens = config.max_num_batched_tokens or (
             _GPU_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
         )
+        is_set = config.max_num_seqs != DEFAULT_MAX_NUM_SEQS
+        max_texts = config.max_num_seqs if is_set else _MOST_TEXTS
         facts = PoolingFacts(
             kind=kind,
             width=1 if kind == "score" else loaded.width,
@@ -127,7 +129,7 @@ def _build(config: EngineConfig, device: torch.device) -> PoolingParts:
             device=device,
             dtype=dtype,
             max_model_len=max_tokens,
-            max_num_seqs=_MOST_TEXTS,
+            max_num_seqs=max_texts,
             max_num_batched_tokens=step_tokens,
             block_size=1,
             num_kv_blocks=0,
@@ -142,7 +144,7 @@ def _build(config: EngineConfig, device: torch.device) -> PoolingParts:
         vocab_size=loaded.vocab_size,
         model=loaded.model,
         weight_bytes=loaded.weight_bytes,
-        scheduler=PoolingScheduler(step_tokens, _MOST_TEXTS),
+        scheduler=PoolingScheduler(step_tokens, max_texts),
         runner=PoolingRunner(loaded.model, device, config.num_threads),
         stream=stream,
     )
@@ -175,7 +177,11 @@ class _Loader:
         description: EncoderConfig = encoder_config(self.files.config)
         num_bytes = description.num_parameters * self.dtype.itemsize
         check_weights_fit(num_bytes, self.device, self.config)
-        encoder = Encoder(description, self.device, self.dtype)
+        if self.config.batch_invariant and self.device.type == "cuda":
+            self._check_invariant(description)
+        encoder = Encoder(
+            description, self.device, self.dtype, batch_invariant=self.config.batch_invariant
+        )
         encoder.load(self.checkpoint)
         return self._pooled(
             encoder,
@@ -185,6 +191,15 @@ class _Loader:
             description.max_positions,
             num_bytes,
         )
+
+    def _check_invariant(self, description: EncoderConfig) -> None:
+        if self.dtype is torch.float32 or description.num_position_buckets:
+            what = "in float32" if self.dtype is torch.float32 else description.architecture
+            msg = (
+                f"batch_invariant=True is not there for encoders {what} on a GPU, where rows are "
+                "padded to the longest text. Use dtype='bfloat16' or 'float16' with another model."
+            )
+            raise ConfigError(msg)
 
     def decoder(self, architecture: str, kind: str) -> _Loaded:
         """A decoder that only reads, without the head of a language model."""

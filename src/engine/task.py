@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from engine.config import EngineConfig
-from engine.errors import UnsupportedModelError
+from engine.errors import ConfigError, UnsupportedModelError
 from engine.loader.embedding_layout import MODULES_FILE
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.models.encoder_families import ENCODER_ARCHITECTURES
@@ -23,6 +23,7 @@ def task_of(config: EngineConfig) -> Task:
     Raises:
         EngineError: As `resolve_model`.
         UnsupportedModelError: The model cannot do what `config.task` asks for.
+        ConfigError: An option has no meaning for what it does.
     """
     files = resolve_model(
         config.model,
@@ -30,7 +31,31 @@ def task_of(config: EngineConfig) -> Task:
         local_files_only=config.local_files_only,
         load_format=config.load_format,
     )
-    return choose_task(config.task, files)
+    task = choose_task(config.task, files)
+    _check_options(config, task)
+    return task
+
+
+def _check_options(config: EngineConfig, task: Task) -> None:
+    """Refuse options that would have no effect."""
+    if task == "generate":
+        if config.pooling != "auto":
+            msg = (
+                f"pooling={config.pooling!r} is for models that embed, and {config.model!r} "
+                "generates. Add task='embed' to make embeddings with it."
+            )
+            raise ConfigError(msg)
+        return
+    for name in ("kv_cache_memory_bytes", "num_kv_blocks", "block_size"):
+        if getattr(config, name) is not None:
+            msg = (
+                f"{name}={getattr(config, name)!r} sizes a KV cache, and an engine that embeds or "
+                "scores has none. Leave it out."
+            )
+            raise ConfigError(msg)
+    if task == "score" and config.pooling != "auto":
+        msg = f"pooling={config.pooling!r} cannot be chosen for a model that scores: its head says."
+        raise ConfigError(msg)
 
 
 def choose_task(asked: str, files: ModelFiles) -> Task:

@@ -97,6 +97,16 @@ def test_every_section_runs_on_a_tiny_model(tmp_path, text_model, section):
     assert f"## {section}\n" in output
 
 
+@pytest.mark.embedding_model
+@pytest.mark.usefixtures("embedding_model")
+def test_the_embed_section_runs(tmp_path, text_model):
+    rows = tmp_path / "rows.jsonl"
+    output = run(rows, text_model, "--only", "embed")
+    expected = {f"all-minilm-l6-v2/{peer}/texts_s" for peer in ("ours", "loop")}
+    assert expected <= set(names_of(rows, "embed"))
+    assert "## embed\n" in output
+
+
 @pytest.mark.demo_model
 @pytest.mark.slow
 def test_the_cpu_section_runs_on_the_demo_model(tmp_path, text_model):

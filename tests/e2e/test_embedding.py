@@ -263,6 +263,32 @@ def test_max_model_len(tiny: tuple[Path, Any]) -> None:
         Engine(str(folder), device="cpu", max_model_len=201)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_kv_blocks": 8}, "num_kv_blocks=8 sizes a KV cache"),
+        ({"block_size": 64}, "block_size=64"),
+        ({"kv_cache_memory_bytes": 1}, "kv_cache_memory_bytes=1"),
+    ],
+)
+def test_options_without_a_meaning(
+    tiny: tuple[Path, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Engine(str(tiny[0]), device="cpu", **options)
+
+
+def test_pooling_of_a_model_that_generates(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Add task='embed'"):
+        Engine(str(tiny_llama), device="cpu", pooling="mean")
+
+
+def test_texts_of_one_step(tiny: tuple[Path, Any]) -> None:
+    with Engine(str(tiny[0]), device="cpu", num_threads=1, max_num_seqs=8) as engine:
+        engine.embed([f"text {letter}" for letter in "abcdefghijklmnopqrst"])
+        assert (engine.stats().peak_running, engine.stats().steps) == (8, 3)
+
+
 # -------------------------------------------------------------------- what it is not
 
 
@@ -421,3 +447,14 @@ def test_shared_engines(tiny: tuple[Path, Any]) -> None:
     assert second.embed("x").shape == (64,)
     second.close()
     assert second.is_closed
+
+
+def test_one_model_generates_and_embeds_side_by_side(tiny_llama: Path) -> None:
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1}
+    generating = Engine.shared(str(tiny_llama), **options)
+    embedding = Engine.shared(str(tiny_llama), task="embed", **options)
+    assert (generating.task, embedding.task) == ("generate", "embed")
+    assert embedding.embed("x").shape == (64,)
+    assert generating.generate("x", SamplingParams(max_tokens=1)).outputs
+    generating.close()
+    embedding.close()

@@ -146,6 +146,9 @@ def test_embedding_models_score_by_cosine(tmp_path: Path) -> None:
         assert np.abs(engine.score(QUERY, DOCUMENTS) - documents @ query).max() < 1e-6
         paired = engine.score([QUERY, "a", QUERY, "a"], DOCUMENTS)
         assert np.allclose(paired[[0, 2]], (documents @ query)[[0, 2]], atol=1e-6)
+        other = engine.embed("query: a", normalize=True)
+        assert np.allclose(paired[[1, 3]], (documents @ other)[[1, 3]], atol=1e-6)
+        assert np.abs(documents @ other - documents @ query).max() > 1e-4
 
 
 def test_dense_layers_after_pooling(tmp_path: Path) -> None:

@@ -88,5 +88,12 @@ def sample_rows(path):
         figure="decode_tok_s",
         busy_neighbour=True,
     )
+    for peer, value, query_ms in (("ours", 200.0, 2.0), ("loop", 100.0, 5.0)):
+        on_minilm = {"model": "minilm", "peer": peer, "dtype": "float32"}
+        rows.add("embed", f"minilm/{peer}/texts_s", value, "texts/s", **on_minilm)
+        rows.add("embed", f"minilm/{peer}/query_ms", query_ms, "ms", **on_minilm)
+    rows.add(
+        "embed", "minilm/ours/gathered_texts_s", 150.0, "texts/s", **{**on_minilm, "peer": "ours"}
+    )
     rows.add("cpu", "import/engine", 0.02, "s", module="engine")
     return load_rows(path)

@@ -39,10 +39,16 @@ class EncoderLayer:
         index: Of this layer, from 0.
         device: Where the weights live.
         dtype: Of weights and activations.
+        batch_invariant: As in `Linear`.
     """
 
     def __init__(
-        self, config: EncoderConfig, index: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: EncoderConfig,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_invariant: bool,
     ) -> None:
         self._config = config
         self._index = index
@@ -51,7 +57,14 @@ class EncoderLayer:
         def linear(names: Sequence[str], in_size: int, out_size: int, bias: bool) -> Linear:
             rows = out_size // len(names)
             parts = {name.format(index): rows for name in names}
-            return Linear(in_size, parts, bias=bias, device=device, dtype=dtype)
+            return Linear(
+                in_size,
+                parts,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+                batch_invariant=batch_invariant,
+            )
 
         names = config.names
         self.qkv = linear(names.qkv, hidden, 3 * hidden, config.attention_bias)
@@ -131,9 +144,17 @@ class Encoder:
         config: The model.
         device: Where weights and inputs live.
         dtype: Of weights and hidden states.
+        batch_invariant: On a GPU use products whose rows do not depend on their neighbours.
     """
 
-    def __init__(self, config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         self.config = config
         self.device = device
         self.dtype = dtype
@@ -147,7 +168,8 @@ class Encoder:
         self._bias_table = table(config.num_position_buckets, config.num_heads)
         self._embedding_norm = _norm(config, device, dtype)
         self._layers = [
-            EncoderLayer(config, index, device, dtype) for index in range(config.num_layers)
+            EncoderLayer(config, index, device, dtype, batch_invariant)
+            for index in range(config.num_layers)
         ]
         self._final_norm = _norm(config, device, dtype) if config.has_final_norm else None
         self._cos_sin = {

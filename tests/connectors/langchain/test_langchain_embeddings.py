@@ -139,17 +139,22 @@ async def test_the_event_loop_goes_on(embeddings: LocalEmbeddings) -> None:
 
 async def test_cancelling_drops_what_has_not_run(embeddings: LocalEmbeddings, eng: Engine) -> None:
     texts = [f"{n} {'word ' * 10}" for n in range(6000)]
-    for delay_s in (0.0, 0.2):  # while it is tokenized, and while it runs
+    aborted = eng.stats().requests_aborted
+    for is_running in (False, True):  # while it is tokenized, and while it runs
         task = asyncio.create_task(embeddings.aembed_documents(texts))
-        await asyncio.sleep(delay_s)
+        await asyncio.sleep(0)
+        while is_running and not eng.stats().waiting:
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        aborted += 1
+        for _ in range(500):
+            if eng.stats().requests_aborted == aborted:
+                break
+            await asyncio.sleep(0.02)
+        assert eng.stats().requests_aborted == aborted
     await embeddings.aembed_query("behind them")
-    for _ in range(200):
-        if not eng.stats().waiting and not eng.stats().running:
-            break
-        await asyncio.sleep(0.05)
     assert (eng.stats().waiting, eng.stats().running) == (0, 0)
 
 
@@ -181,7 +186,7 @@ def test_a_model_that_generates_says_what_to_do(tiny_engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"modell": "x"}, "Did you mean 'model'"),
+        ({"mode": "x"}, "Did you mean 'model'"),
         ({}, "No model given"),
         ({"model": "x", "on_overflow": "cut"}, "on_overflow='cut'"),
         ({"model": "x", "dimensions": 0}, "dimensions"),

@@ -122,3 +122,27 @@ def test_activation_of_scores() -> None:
     assert score_activation({"sentence_transformers": {"activation_fn": identity}}) == ""
     with pytest.raises(UnsupportedModelError, match=r"os\.system"):
         score_activation({"sentence_transformers": {"activation_fn": "os.system"}})
+
+
+def test_the_hub_gives_the_folders_of_modules_too() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from engine.loader import hub
+
+    files = [
+        "config.json",
+        "model.safetensors",
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "openvino/1_x/config.json",
+        "consolidated.safetensors",
+    ]
+    patterns = [*hub._CONFIG_PATTERNS, *hub._WEIGHT_PATTERNS]
+    kept = filter_repo_objects(
+        files, allow_patterns=patterns, ignore_patterns=hub._IGNORED_PATTERNS
+    )
+    assert list(kept) == files[:6]
