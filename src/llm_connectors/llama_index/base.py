@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
 )
-from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
+from llama_index.core.base.llms.types import ChatMessage, LLMMetadata, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_TEMPERATURE
 from llama_index.core.llms.function_calling import FunctionCallingLLM
@@ -186,6 +186,16 @@ class EngineBackedLLM(SamplingFields, EngineComponent, FunctionCallingLLM):
         with ERRORS.converting():
             options = self._options({} if tools is None else {"tools": tools})
             return len(self._prompts(self.engine, options).chats([messages]).prompt_ids[0])
+
+    def _extend_messages(self, messages: list[ChatMessage]) -> list[ChatMessage]:
+        """Messages with `system_prompt`: a system message, or the head of the first message."""
+        if not self.system_prompt or not messages:
+            return super()._extend_messages(messages)
+        if self.metadata.system_role == MessageRole.SYSTEM:
+            return super()._extend_messages(messages)
+        first = messages[0]
+        blocks = [TextBlock(text=f"{self.system_prompt}\n"), *first.blocks]
+        return [first.model_copy(update={"blocks": blocks}), *messages[1:]]
 
     # ------------------------------------------------------------------ one request
 

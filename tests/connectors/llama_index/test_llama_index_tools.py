@@ -25,8 +25,10 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
-from llama_index_fake_engine import CHATML, FakeEngine
+from llama_index_fake_engine import CHATML, NO_SYSTEM, FakeEngine
+from pydantic import BaseModel
 
 from llm_connectors.llama_index import LocalLLM, NoToolCallError, RequestError
 from llm_connectors.llama_index.messages import template_messages
@@ -43,6 +45,10 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 SECOND = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bergen"}}\n</tool_call>'
 USER = [ChatMessage(content="Weather in Oslo?")]
 CHATS = ("chat", "achat", "stream_chat", "astream_chat")
+
+
+class Point(BaseModel):
+    x: int
 
 
 def weather(city: str) -> str:
@@ -379,3 +385,16 @@ def test_agents_share_the_batch(fake: FakeEngine) -> None:
     assert asyncio.run(main()) == ["Fog."] * 8
     assert fake.peak_running == 8
     assert len(fake.requests) == 16
+
+
+def test_system_prompt_where_the_template_takes_no_system_message() -> None:
+    fake = FakeEngine(template=NO_SYSTEM, answer=lambda _prompt, _params: '{"x": 1}')
+    llm = LocalLLM(engine=fake, system_prompt="Be brief.")
+    prompt = PromptTemplate("Weather?")
+    assert llm.predict(prompt) == asyncio.run(llm.apredict(prompt)) == '{"x": 1}'
+    assert llm.structured_predict(Point, prompt) == Point(x=1)
+    for request in fake.requests:
+        shown = fake.detokenize(request.prompt_ids)
+        assert shown.count("Be brief.") == 1
+        assert "system" not in shown
+    fake.close()
