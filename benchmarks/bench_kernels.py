@@ -531,19 +531,12 @@ def sweep(device: torch.device) -> None:
     # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
     decode_grid = [
         DecodeTiles(
-            block_n,
-            stages,
-            4,
-            programs,
-            split=split,
-            max_registers=128,
-            merge_here=merge_here,
-            use_pdl=use_pdl,
+            *tiles, parts=parts, min_tiles=min_tiles, max_registers=128 if tiles[3] > 2 else None
         )
-        for (block_n, stages, programs), split, (merge_here, use_pdl) in itertools.product(
-            ((32, 4, 4), (64, 2, 4), (64, 3, 2), (64, 3, 4), (64, 4, 3)),
-            (256, 512),
-            ((False, False), (True, False), (True, True)),
+        for tiles, parts, min_tiles in itertools.product(
+            ((64, 2, 4, 4), (64, 3, 4, 2), (64, 3, 4, 4), (64, 4, 4, 3), (128, 3, 4, 2)),
+            (1, 4),
+            (2, 4, 8),
         )
     ]
     prefill_grid = [

@@ -92,9 +92,9 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
-def tile_buffers(gpu_ir: str, num_rows: int, num_cols: int = HEAD_DIM) -> list[int]:
-    """Buffers of each tile of a size in shared memory."""
-    pattern = rf"memdesc<(\d+)x{num_rows}x{num_cols}xbf16[^>]*mutable> loc"
+def tile_buffers(gpu_ir: str, *shape: int) -> list[int]:
+    """Buffers of each tile of a shape in shared memory."""
+    pattern = rf"memdesc<(\d+)x{'x'.join(map(str, shape))}xbf16[^>]*mutable> loc"
     return [
         int(found)
         for line in gpu_ir.splitlines()
@@ -107,16 +107,17 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "MAX_SPLITS": tiles.max_splits,
-        "HEADER": decode_plan.HEADER,
+        "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
+        "STARTS_EARLY": True,
         "ITEM": decode_plan.ITEM,
-        "MERGE_HERE": True,
-        "USE_PDL": True,
-        "HAS_THREADS": True,
+        "COLUMN": decode_plan.COLUMN,
+        "PARTS": tiles.parts,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
         "BLOCK_G": GROUP,
-        "BLOCK_S": tiles.merge_splits,
+        "BLOCK_S": 8,
+        "BLOCK_ITEMS": 32,
+        "MAX_PARTS": tiles.max_parts,
     }
     del constants["KEY_ALIGNMENT"]
     asm = compile_for_hopper(
@@ -128,7 +129,8 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    part = (tiles.parts, tiles.block_n // tiles.parts) if tiles.parts > 1 else (tiles.block_n,)
+    buffers = tile_buffers(gpu_ir, *part, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
 
@@ -139,7 +141,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
         **{
             name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
         },
-        "HEADER": decode_plan.HEADER,
+        "STARTS_NEXT": True,
         "ITEM": decode_plan.ITEM,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -152,7 +154,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 
@@ -177,7 +179,7 @@ def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 

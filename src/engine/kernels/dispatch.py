@@ -125,11 +125,13 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the step's tokens over their KV blocks; see `reference.paged_attention`.
 
-    A sequence's result does not depend on the other sequences of the batch, bit for bit.
+    With `batch_invariant`, and on a CPU always, a sequence's result does not depend on the other
+    sequences of the batch, bit for bit.
     """
     if q.is_cuda:
         from engine.kernels.attention import paged_attention as op
@@ -143,6 +145,7 @@ def paged_attention(
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
+        batch_invariant=batch_invariant,
         out=out,
     )
 

@@ -81,6 +81,7 @@ class Attention:
         self.softmax_scale = softmax_scale
         self.sliding_window = sliding_window
         self.logit_softcap = logit_softcap
+        self.batch_invariant = batch_invariant
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of the merged weights under the checkpoint's names."""
@@ -197,4 +198,5 @@ class Attention:
             softmax_scale=self.softmax_scale,
             sliding_window=self.sliding_window,
             logit_softcap=self.logit_softcap,
+            batch_invariant=self.batch_invariant,
         )
