@@ -107,19 +107,21 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
+        "HEADS": NUM_KV_HEADS,
+        "KV_HEADS": 1,
         "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
         "STARTS_EARLY": True,
         "ITEM": decode_plan.ITEM,
         "COLUMN": decode_plan.COLUMN,
-        "PARTS": tiles.parts,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
         "BLOCK_G": GROUP,
+        "BLOCK_G_D": HEAD_DIM,
         "BLOCK_S": 8,
         "BLOCK_ITEMS": 32,
-        "MAX_PARTS": tiles.max_parts,
     }
-    del constants["KEY_ALIGNMENT"]
+    for unused in ("KEY_ALIGNMENT", "NUM_KV_HEADS"):
+        del constants[unused]
     asm = compile_for_hopper(
         decode_attention._split_kernel,
         constants,
@@ -129,8 +131,8 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
-    part = (tiles.parts, tiles.block_n // tiles.parts) if tiles.parts > 1 else (tiles.block_n,)
-    buffers = tile_buffers(gpu_ir, *part, HEAD_DIM)
+    assert "griddepcontrol.wait" in ptx
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
 
@@ -154,6 +156,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
+    assert "griddepcontrol.launch_dependents" in ptx
     buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages

@@ -331,7 +331,6 @@ def _plan_kernel(
             )
             _start, cut_end = _cuttable(tiles_before, snap)
             first_column = tl.cdiv(before - tiles_before + cut_end, per_column)
-            first_column = tl.where(seqs > 0, first_column, 0)
             cut_start, cut_end = _cuttable(num_tiles, snap)
             first_cut = tl.cdiv(before + cut_start, per_column)
             used = tl.cdiv(before + cut_end, per_column)
