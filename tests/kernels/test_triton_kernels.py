@@ -523,8 +523,8 @@ def test_every_key_is_planned_once(
     snap: int,
     num_columns: int,
 ) -> None:
-    decode_plan = kernels("decode_plan")
-    layout = decode_plan.SplitLayout(num_columns, 64, 4, snap, max_parts=32, split=split)
+    decode_plan, decode_layout = kernels("decode_plan"), kernels("decode_layout")
+    layout = decode_layout.SplitLayout(num_columns, 64, 4, snap, max_parts=32, split=split)
     random = torch.Generator().manual_seed(num_seqs)
     seq_lens = torch.randint(0, 20000, (num_seqs,), generator=random)
     seq_lens[:4] = torch.tensor([0, 1, 256, 257])[:num_seqs]
@@ -538,7 +538,7 @@ def test_every_key_is_planned_once(
         metadata.block_table = torch.full((num_seqs + 3, 1250), 2**30, dtype=torch.int32)
         metadata.block_table[rows] = table.int()
         metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
-    no_groups = decode_plan.PrefixLayout(1, 64, 64, 4, 16)
+    no_groups = decode_layout.PrefixLayout(1, 64, 64, 4, 16)
     plan = decode_plan.plan_decode(
         metadata_on(metadata, device), num_seqs, 9, 3, 3, 16, window, layout, no_groups
     )

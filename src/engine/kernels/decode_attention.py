@@ -63,8 +63,9 @@ from engine.kernels.attention_tiles import (
     starts_kernels_early,
 )
 from engine.kernels.compile_ahead import launchable
+from engine.kernels.decode_layout import SplitLayout
 from engine.kernels.decode_merge import load_arrivals, merge_finished
-from engine.kernels.decode_plan import COLUMN, ITEM, SplitLayout, plan_decode
+from engine.kernels.decode_plan import COLUMN, ITEM, plan_decode
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 

@@ -43,7 +43,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from engine.kernels.attention_tiles import attend_tiles, num_multiprocessors, starts_kernels_early
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.decode_plan import ITEM, DecodePlan, PrefixLayout
+from engine.kernels.decode_layout import PrefixLayout
+from engine.kernels.decode_plan import ITEM, DecodePlan
 from engine.kernels.metadata import AttentionMetadata
 
 
