@@ -531,12 +531,15 @@ def sweep(device: torch.device) -> None:
     # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
     decode_grid = [
         DecodeTiles(
-            *tiles, parts=parts, min_tiles=min_tiles, max_registers=128 if tiles[3] > 2 else None
+            *tiles,
+            max_columns=max_columns,
+            min_tiles=min_tiles,
+            max_registers=128 if tiles[3] > 2 else None,
         )
-        for tiles, parts, min_tiles in itertools.product(
-            ((64, 2, 4, 4), (64, 3, 4, 2), (64, 3, 4, 4), (64, 4, 4, 3), (128, 3, 4, 2)),
-            (1, 4),
-            (2, 4, 8),
+        for tiles, max_columns, min_tiles in itertools.product(
+            ((32, 3, 4, 2), (64, 2, 4, 2), (64, 3, 4, 2), (64, 3, 4, 4), (64, 3, 8, 1)),
+            (0, 256),
+            (4, 8),
         )
     ]
     prefill_grid = [

@@ -31,10 +31,10 @@ instead of branches, an item and a block id early; a branch would end the pipeli
 The query heads of one KV head are the rows of one tile, padded to 16 for the tensor cores: the
 keys are read once for all of them, and padding rows cost nothing where bandwidth is the limit.
 
-Narrow KV heads are taken several at once, as one head with all their columns: a query is zero in
-the columns of other heads, and of its sums those columns count for nothing. That reads a token's
-keys in one piece, where every head by itself would have been 128 bytes out of every 384, and a
-softmax serves three times the bytes.
+Narrow KV heads can be taken several at once (`max_columns`), as one head with all their columns: a
+query is zero in the columns of other heads, and of its sums those columns count for nothing. That
+reads a token's keys in one piece, where every head by itself is 128 bytes out of every 384, and a
+softmax serves three times the bytes. Not chosen yet: see docs/KERNELS.md.
 
 Shared prefixes are computed by the kernel before (`shared_prefix`). Where the device can, this one
 starts while that one runs, and waits for it before it joins anything.
@@ -96,7 +96,7 @@ class DecodeTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    max_columns: int = 128
+    max_columns: int = 0
     min_tiles: int = 4
     snap: int = 2
     max_parts: int = 64
