@@ -597,9 +597,6 @@ def sweep_few_rows(device: torch.device) -> None:
     for shape, num_rows in itertools.product(SHAPES, (1, 8, 16, 32, 64)):
         block_m = 1 if num_rows == 1 else max(16, num_rows)
         grid = [FewRowTiles(block_m, *tiles) for tiles in (vector if block_m == 1 else matrix)]
-        # One wave of programs with equal shares: 47 rows of qkv, 55 of gate and of up.
-        grid += [FewRowTiles(block_m, 64, 64, 5, cols=cols) for cols in (47, 55) if block_m > 1]
-        grid += [dataclasses.replace(tiles, use_pdl=True) for tiles in grid[:2]]
         for row in few_row_rows(shape, num_rows, device, torch.bfloat16):
             if row.op == "embed_rows":
                 continue

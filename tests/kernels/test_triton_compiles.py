@@ -32,6 +32,8 @@ from engine.kernels import (
     decode_plan,
     few_row_linear,
     few_row_tiles,
+    persistent_decode,
+    persistent_step,
     prefill_attention,
     prefill_hopper,
     prefill_plan,
@@ -51,8 +53,12 @@ COMMON = {
 }
 
 
-BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr")
-FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
+BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr", "embedding_ptr", "hidden_ptr")
+INT64S = ("block_rows_ptr", "positions_ptr", "slots_ptr", "layers_ptr", "input_ids_ptr")
+FLOATS = (
+    *("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset"),
+    "head_eps",
+)
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
@@ -69,7 +75,7 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
             signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
         elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr") or "squares_ptr" in name:
             signature[name] = "*fp32"
-        elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
+        elif name in INT64S or name.endswith("words_ptr"):
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
@@ -247,23 +253,74 @@ def test_few_rows_keep_their_stages_in_flight(kind: str, num_rows: int) -> None:
         "BLOCK_SQUARES": 256,
         "EVEN_K": True,
         "BLOCK_M": tiles.block_m,
-        "COLS": tiles.num_cols,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "NUM_STAGES": tiles.num_stages,
-        "USE_PDL": True,
-        "PREFETCH_LINES": tiles.prefetch_lines,
     }
     kernel = few_row_linear._few_row_kernel
     asm = compile_for_hopper(kernel, constants, num_warps=tiles.num_warps, num_stages=3).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
-    assert "griddepcontrol.wait" in ptx
     assert ("mma" in ptx) == (num_rows > 1)
     if tiles.num_stages > 1:
         assert "cp.async.cg" in ptx
         buffers = tile_buffers(gpu_ir, tiles.block_n, tiles.block_k)
         assert len(buffers) >= (2 if kind == "gated" else 1)
         assert min(buffers) >= tiles.num_stages - 1
+
+
+SHAPES = {
+    "llama-135m": (30, 576, 1536, 9, 3, 64),
+    "qwen3-0.6b": (28, 1024, 3072, 16, 8, 128),
+    "llama-8b": (32, 4096, 14336, 32, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_programs_wait_with_their_weights_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    num_layers, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim = SHAPES[name]
+    shape = persistent_step.PersistentShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        activation="silu",
+        norm_eps=1e-5,
+        norm_offset=0.0,
+        softmax_scale=head_dim**-0.5,
+        logit_softcap=0.0,
+        has_qkv_bias=False,
+        has_output_bias=False,
+        has_mlp_bias=False,
+        has_head_norms=name == "qwen3-0.6b",
+    )
+    monkeypatch.setattr(persistent_step, "num_multiprocessors", lambda _: 132)
+    cache = torch.empty(1, BLOCK_SIZE, num_kv_heads, head_dim)
+    step = persistent_step.PersistentStep(
+        shape, [([*[None] * 6, cache, cache], 0)], torch.empty(1, hidden_size), None
+    )
+    compiled = compile_for_hopper(
+        persistent_decode.persistent_kernel,
+        {**step.constants(has_threads=True), "PHASES": 255, "embedding_scale_ptr": None},
+        num_warps=step.tiles.num_warps,
+        num_stages=1,
+        launch_cooperative_grid=True,
+    )
+    assert compiled.metadata.launch_cooperative_grid
+    # One wait for qkv's, attention's, output's, gate_up's and down's input, and four in the
+    # merge: the compiler may be tempted to wait again for each use of the same words.
+    assert compiled.asm["ttgir"].count("AGAIN:") == 10
+    # Before each vector is waited for, 16-byte loads of weights are issued.
+    sass = compiled.asm["sass"]
+    order = re.findall(r"LDG\.E\.128|LDG\.E\.64\.STRONG|BAR\.SYNC", sass)
+    runs = [(found, len(list(run))) for found, run in itertools.groupby(order)]
+    waits = [index for index, (found, _) in enumerate(runs) if found.endswith("STRONG")]
+    assert sum(runs[index - 1][0] == "LDG.E.128" for index in waits) >= 5
+    num_spills = len(re.findall(r"\b(LDL|STL)\b", sass))
+    assert num_spills < 100
 
 
 def test_another_gluon_leaves_the_portable_kernel(

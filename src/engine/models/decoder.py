@@ -16,7 +16,7 @@ from device data, so it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -32,6 +32,9 @@ from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
 from engine.models.quantised_loading import QuantisedSource, load_quantised
+
+if TYPE_CHECKING:
+    from engine.kernels.persistent_step import PersistentStep
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
@@ -234,6 +237,7 @@ class Decoder:
         self._max_fused_tokens = 0
         if device.type == "cuda" and not batch_invariant and can_fuse(config, dtype):
             self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
+        self._persistent: tuple[tuple[int, ...], PersistentStep | None] | None = None
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         self._layer_plan = [
             (layer, next_norm, None if rope is None else self.cos_sin[rope])
@@ -307,6 +311,9 @@ class Decoder:
         dispatch.begin_step(metadata)
         self.step_rows.num_decodes = metadata.num_decodes
         if self._max_fused_tokens >= input_ids.shape[0]:
+            step = self._persistent_step(kv_caches, metadata)
+            if step is not None:
+                return self.norm(step(input_ids, metadata))
             return self._forward_few_rows(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
         x = self.layers[0].attention_norm(hidden)
@@ -314,6 +321,23 @@ class Decoder:
             y = layer(x, hidden, cos_sin, kv_cache, metadata)
             x, hidden = next_norm.add(y, hidden)
         return x
+
+    def _persistent_step(
+        self, kv_caches: Sequence[KVCache], metadata: AttentionMetadata
+    ) -> PersistentStep | None:
+        """What runs all layers of this step in one launch; None where nothing does.
+
+        Made when the first step of its kind is met, which is never under capture.
+        """
+        # Imports triton: on GPUs only.
+        from engine.models import persistent
+
+        if not persistent.is_alone(metadata):
+            return None
+        addresses = tuple(cache.data_ptr() for pair in kv_caches for cache in pair)
+        if self._persistent is None or self._persistent[0] != addresses:
+            self._persistent = (addresses, persistent.persistent_step(self, kv_caches))
+        return self._persistent[1]
 
     def _forward_few_rows(
         self,
