@@ -32,6 +32,9 @@ from engine.kernels import (
     decode_plan,
     few_row_linear,
     few_row_tiles,
+    fused_linear,
+    fused_qkv,
+    fused_tiles,
     persistent_decode,
     persistent_step,
     prefill_attention,
@@ -81,11 +84,12 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
             signature[name] = "*i32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-    # What the launcher finds out by itself: pointers and strides are multiples of 16.
+    # What the launcher finds out by itself: pointers, strides and K are multiples of 16.
     aligned = [
         index
         for index, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_"))
+        if name not in constants
+        and (name.endswith("_ptr") or name.startswith("stride_") or name == "num_inner")
     ]
     make_source = GluonASTSource if "k_desc" in names else ASTSource
     source = make_source(
@@ -321,6 +325,40 @@ def test_programs_wait_with_their_weights_on_the_way(
     assert sum(runs[index - 1][0] == "LDG.E.128" for index in waits) >= 5
     num_spills = len(re.findall(r"\b(LDL|STL)\b", sass))
     assert num_spills < 100
+
+
+@pytest.mark.parametrize("kind", ["gated", "qkv", "adding"])
+@pytest.mark.parametrize(("num_rows", "num_inner"), [(64, 576), (160, 576), (160, 3072)])
+def test_fused_products_keep_their_stages_in_flight(
+    kind: str, num_rows: int, num_inner: int
+) -> None:
+    x, weight = (torch.empty(n, num_inner, device="meta").bfloat16() for n in (num_rows, 960))
+    tiles = fused_tiles.tiles_for(kind, x, weight)
+    constants = tiles.constants(num_inner)
+    del constants["enable_fp_fusion"]
+    options = {name: constants.pop(name) for name in ("num_warps", "launch_pdl")}
+    constants |= {"bias_ptr": None, "HAS_BIAS": False, "USE_PDL": True}
+    if kind != "adding":
+        constants |= {"HAS_SCALE": True, "BLOCK_SQUARES": 16}
+    kernel = fused_linear._adding_kernel
+    if kind == "gated":
+        kernel = fused_linear._scaled_kernel
+        constants["ACTIVATION"] = "silu"
+    elif kind == "qkv":
+        kernel = fused_qkv._scaled_qkv_kernel
+        constants |= dict.fromkeys(("q_norm_weight_ptr", "k_norm_weight_ptr"))
+        constants |= dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False)
+        constants |= {"BLOCK_SIZE": 64, "NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "HALF": 32}
+        constants |= {"HAS_ROTATION": True}
+    asm = compile_for_hopper(kernel, constants, **options).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "griddepcontrol.wait" in ptx
+    assert ("wgmma.mma_async" in ptx) == (tiles.block_m >= 64 or tiles.swapped)
+    assert "cp.async.cg" in ptx
+    for rows in {tiles.block_m, tiles.block_n}:
+        buffers = tile_buffers(gpu_ir, rows, tiles.block_k)
+        assert buffers
+        assert min(buffers) >= tiles.num_stages - 1
 
 
 def test_another_gluon_leaves_the_portable_kernel(

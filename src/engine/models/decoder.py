@@ -8,8 +8,9 @@ One step, for a flat batch of T tokens from B sequences::
     norm(hidden)                                [T, H]  -> compute_logits for the rows needed
 
 Every `hidden += y` is fused with the norm that follows it; for few tokens on a GPU both are fused
-with the products around them, and the activation too (`_forward_few_rows`): a layer is then norm
-and qkv, rotation, attention, output, norm and gate_up, down. The forward makes no host decision
+with the products around them, and the activation too (`_forward_few_rows`, and for a batch of a
+small model `_forward_weighed`): a layer is then norm, qkv and rotation, attention, output, norm and
+gate_up, down. The forward makes no host decision
 from device data, so it can be captured in a CUDA graph.
 """
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engine.errors import CheckpointError
-from engine.kernels import dispatch, few_row_tiles
+from engine.kernels import dispatch, few_row_tiles, fused_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
 from engine.layers.embedding import Embedding
@@ -162,6 +163,26 @@ class DecoderLayer:
         )
         return self.mlp.fused(hidden, squares, self.mlp_norm)
 
+    def weighed(
+        self,
+        x: torch.Tensor,
+        squares: torch.Tensor,
+        hidden: torch.Tensor,
+        next_norm: RMSNorm,
+        cos_sin: torch.Tensor | None,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole layer on `hidden`, in place; x is hidden times the weight of its first norm.
+
+        Returns:
+            (hidden times the weight of `next_norm`, parts of its rows' sums of squares), new.
+        """
+        x, squares = self.attention.weighed(
+            x, squares, hidden, self.attention_norm, self.mlp_norm, cos_sin, *kv_cache, metadata
+        )
+        return self.mlp.weighed(x, squares, hidden, self.mlp_norm, next_norm)
+
     def _before_residual(self, y: torch.Tensor, post_norm: RMSNorm | None) -> torch.Tensor:
         if post_norm is not None:
             y = post_norm(y)
@@ -234,9 +255,13 @@ class Decoder:
             for rope in set(config.ropes)
             if rope is not None
         }
-        self._max_fused_tokens = 0
+        self._max_fused_tokens = self._max_weighed_tokens = 0
         if device.type == "cuda" and not batch_invariant and can_fuse(config, dtype):
             self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
+            if dtype == torch.bfloat16:  # rows times a norm's weight may be too large for float16
+                self._max_weighed_tokens = fused_tiles.most_rows_of_whole_layer(
+                    config.hidden_size, device
+                )
         self._persistent: tuple[tuple[int, ...], PersistentStep | None] | None = None
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         self._layer_plan = [
@@ -315,6 +340,8 @@ class Decoder:
             if step is not None:
                 return self.norm(step(input_ids, metadata))
             return self._forward_few_rows(input_ids, kv_caches, metadata)
+        if self._max_weighed_tokens >= input_ids.shape[0]:
+            return self._forward_weighed(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
         x = self.layers[0].attention_norm(hidden)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
@@ -349,6 +376,18 @@ class Decoder:
         hidden, squares = self.embedding.with_squares(input_ids)
         for (layer, _, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             squares = layer.fused(hidden, squares, cos_sin, kv_cache, metadata)
+        return self.norm(hidden)
+
+    def _forward_weighed(
+        self,
+        input_ids: torch.Tensor,
+        kv_caches: Sequence[KVCache],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`forward` with norms, rotation, activations and residual sums in the products' ends."""
+        hidden, x, squares = self.embedding.weighed(input_ids, self.layers[0].attention_norm)
+        for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
+            x, squares = layer.weighed(x, squares, hidden, next_norm, cos_sin, kv_cache, metadata)
         return self.norm(hidden)
 
     @torch.inference_mode()
