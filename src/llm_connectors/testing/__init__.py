@@ -1,0 +1,1 @@
+"""Suites that other classes of a framework can be held to as well."""
