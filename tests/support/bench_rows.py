@@ -69,6 +69,7 @@ def sample_rows(path):
     rows.add("memory", "llama-135m/used-share", 0.85, "of the GPU", **on)
     rows.add("host", "ChatLocal.batch", 2.2, "s", requests=1000, caller_cpu_s=0.1, over=0.05)
     rows.add("callers", "ChatLocal.batch", 70.0, "µs/request", shape="tiny")
+    rows.add("llama_index", "achat/256", 0.6, "s", calls=256)
     for peer, value in (("ours", 60.0), ("transformers", 30.0)):
         rows.add(
             "cpu",
