@@ -396,6 +396,80 @@ def few_row_rows(
     ]
 
 
+def fused_rows(
+    shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """A layer's fused products for a batch of decoding rows, beside what they replace."""
+    hidden_size, inner = shape.hidden_size, shape.intermediate_size
+    mixed_size = shape.num_q_heads * shape.head_dim
+    width = mixed_size + 2 * shape.num_kv_heads * shape.head_dim
+    x, hidden = (torch.randn(num_tokens, hidden_size, device=device, dtype=dtype) for _ in range(2))
+    squares = hidden.float().pow(2).sum(-1, keepdim=True)
+    norm_weight = torch.randn(hidden_size, device=device, dtype=dtype)
+    ids = torch.arange(num_tokens, device=device)
+    metadata = metadata_of([(255, 1)] * num_tokens, 64, device)
+    cos_sin = torch.randn(512, 2, shape.head_dim // 2, device=device)
+    _, [kv_cache] = attention_inputs(shape, metadata, 64, dtype, 0.0)
+    heads = shape.heads
+
+    def row(
+        op: str,
+        name: str,
+        size: tuple[int, int],
+        run: Callable[[torch.Tensor], Any],
+        baseline: Callable[[torch.Tensor], Any],
+    ) -> Row:
+        cold = COLD_BYTES if device.type == "cuda" else 0.0
+        copies = min(64, max(1, round(cold / (size[0] * size[1] * dtype.itemsize))))
+        weights = [torch.randn(*size, device=device, dtype=dtype) * 0.02 for _ in range(copies)]
+        return Row(
+            op,
+            f"{shape.name} T={num_tokens} {name}",
+            lambda call: run(weights[call % copies]),
+            copies=copies,
+            num_bytes=weights[0].numel() * dtype.itemsize,
+            baseline=lambda call: baseline(weights[call % copies]),
+        )
+
+    def adding(name: str, cols: int) -> Row:
+        y = torch.randn(num_tokens, cols, device=device, dtype=dtype)
+        return row(
+            "add_weighed_linear",
+            name,
+            (hidden_size, cols),
+            lambda w: dispatch.add_weighed_linear(y, w, hidden, norm_weight),
+            lambda w: dispatch.add_rms_norm(F.linear(y, w), hidden, norm_weight, 1e-5),
+        )
+
+    return [
+        row(
+            "embed_weighed",
+            "",
+            (4096, hidden_size),
+            lambda w: dispatch.embed_weighed(ids, w, norm_weight),
+            lambda w: dispatch.rms_norm(F.embedding(ids, w), norm_weight, 1e-5),
+        ),
+        row(
+            "scaled_qkv",
+            "",
+            (width, hidden_size),
+            lambda w: dispatch.scaled_qkv(
+                x, squares, w, None, metadata, cos_sin, *kv_cache, **heads, eps=1e-5
+            ),
+            lambda w: dispatch.rope_write_kv(x @ w.T, metadata, cos_sin, *kv_cache, **heads),
+        ),
+        adding("o", mixed_size),
+        row(
+            "scaled_linear",
+            "gate_up",
+            (2 * inner, hidden_size),
+            lambda w: dispatch.scaled_linear(x, squares, w, eps=1e-5, activation="silu"),
+            lambda w: dispatch.act_mul(F.linear(x, w), "silu"),
+        ),
+        adding("down", inner),
+    ]
+
+
 def gpu_rows(device: torch.device) -> list[Row]:
     dtype = torch.bfloat16
     rows = [
@@ -415,6 +489,8 @@ def gpu_rows(device: torch.device) -> list[Row]:
         rows += layer_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (1, 8, 16)):
         rows += few_row_rows(shape, num_tokens, device, dtype)
+    for shape, num_tokens in itertools.product(SHAPES, (16, 64, 160, 256)):
+        rows += fused_rows(shape, num_tokens, device, dtype)
     return rows
 
 
@@ -531,19 +607,15 @@ def sweep(device: torch.device) -> None:
     # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
     decode_grid = [
         DecodeTiles(
-            block_n,
-            stages,
-            4,
-            programs,
-            split=split,
-            max_registers=128,
-            merge_here=merge_here,
-            use_pdl=use_pdl,
+            *tiles,
+            max_columns=max_columns,
+            min_tiles=min_tiles,
+            max_registers=128 if tiles[3] > 2 else None,
         )
-        for (block_n, stages, programs), split, (merge_here, use_pdl) in itertools.product(
-            ((32, 4, 4), (64, 2, 4), (64, 3, 2), (64, 3, 4), (64, 4, 3)),
-            (256, 512),
-            ((False, False), (True, False), (True, True)),
+        for tiles, max_columns, min_tiles in itertools.product(
+            ((32, 3, 4, 2), (64, 2, 4, 2), (64, 3, 4, 2), (64, 3, 4, 4), (64, 3, 8, 1)),
+            (0, 256),
+            (4, 8),
         )
     ]
     prefill_grid = [
@@ -601,9 +673,6 @@ def sweep_few_rows(device: torch.device) -> None:
     for shape, num_rows in itertools.product(SHAPES, (1, 8, 16, 32, 64)):
         block_m = 1 if num_rows == 1 else max(16, num_rows)
         grid = [FewRowTiles(block_m, *tiles) for tiles in (vector if block_m == 1 else matrix)]
-        # One wave of programs with equal shares: 47 rows of qkv, 55 of gate and of up.
-        grid += [FewRowTiles(block_m, 64, 64, 5, cols=cols) for cols in (47, 55) if block_m > 1]
-        grid += [dataclasses.replace(tiles, use_pdl=True) for tiles in grid[:2]]
         for row in few_row_rows(shape, num_rows, device, torch.bfloat16):
             if row.op == "embed_rows":
                 continue

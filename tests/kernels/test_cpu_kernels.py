@@ -271,3 +271,26 @@ def test_ops_for_few_rows_are_plain_on_a_cpu() -> None:
     assert torch.equal(caches[1], caches[3])
     dispatch.add_linear(x, weight, hidden)
     assert torch.equal(hidden, want + dispatch.few_row_linear(x, weight))
+
+
+def test_fused_products_are_plain_on_a_cpu() -> None:
+    embedding, weight = torch.randn(7, 8), torch.randn(8, 8)
+    ids = torch.tensor([5, 2])
+    hidden, x, squares = dispatch.embed_weighed(ids, embedding, weight[0])
+    assert torch.equal(hidden, embedding[ids])
+    y = dispatch.scaled_linear(x, squares, weight, eps=1e-5)
+    torch.testing.assert_close(y, reference.rms_norm(hidden, weight[0], 1e-5) @ weight.T)
+    caches = [torch.zeros(1, 16, 1, 2) for _ in range(4)]
+    sizes = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 2}
+    metadata = make_metadata([(3, 1), (5, 1)], 16, [[0], [0]])
+    q = dispatch.scaled_qkv(
+        x, squares, weight, None, metadata, None, *caches[:2], **sizes, eps=1e-5
+    )
+    assert torch.equal(q, reference.rope_write_kv(y, metadata, None, *caches[2:], **sizes))
+    assert torch.equal(caches[0], caches[2])
+    assert torch.equal(caches[1], caches[3])
+    want = hidden + y @ weight.T
+    x, squares = dispatch.add_weighed_linear(y, weight, hidden, weight[0])
+    torch.testing.assert_close(hidden, want)
+    torch.testing.assert_close(x, want * weight[0])
+    torch.testing.assert_close(squares.sum(-1), want.pow(2).sum(-1))

@@ -12,7 +12,6 @@ from triton_cases import (
     DTYPES,
     IS_INTERPRETED,
     NEEDS_TRITON,
-    assert_rows_alike,
     kernels,
     on_gpu_only,
 )
@@ -86,9 +85,11 @@ def captured(case: AttentionCase, num_decodes: int, seed: int = 0) -> AttentionM
 
 
 def tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
-    """Launch shape; in the interpreter, whose time goes by operations, with wider tiles."""
+    """Launch shape; in the interpreter, whose time goes by operations, with wider tiles, and with
+    more programs than its device has, so that they share sequences."""
     tiles = kernels("decode_attention").decode_tiles(dtype, head_dim)
-    return dataclasses.replace(tiles, **({"block_n": 64} if IS_INTERPRETED else {}), **changes)
+    many = {"block_n": 64, "programs_per_processor": 12, "min_tiles": 2}
+    return dataclasses.replace(tiles, **(many if IS_INTERPRETED else {}), **changes)
 
 
 def prefix_tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
@@ -101,16 +102,14 @@ LENGTHS = [(0, 1), (300, 1), (63, 1), (700, 1), *on_gpu_only((5000, 1), (20000, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_decodes", "merge_here"),
-    [(0, False), (len(LENGTHS) - 1, False), (len(LENGTHS) - 1, True), *on_gpu_only((1, True))],
-)
+@pytest.mark.parametrize("num_decodes", [0, len(LENGTHS) - 1, *on_gpu_only(1)])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 def test_only_the_counted_sequences_are_computed(
-    device: torch.device, dtype: torch.dtype, num_decodes: int, merge_here: bool
+    device: torch.device, dtype: torch.dtype, num_decodes: int, batch_invariant: bool
 ) -> None:
-    tiles = tiles_for(dtype, 64, merge_here=merge_here)
+    options = {"batch_invariant": batch_invariant}
     case = make_case(LENGTHS, dtype=dtype, num_q_heads=9, num_kv_heads=3, block_size=64)
-    want = decode(case, device, tiles=tiles)
+    want = decode(case, device, **options)
     expected = reference.paged_attention(
         *case.widened().arguments(), softmax_scale=case.softmax_scale
     )
@@ -121,32 +120,62 @@ def test_only_the_counted_sequences_are_computed(
     metadata.seq_lens[num_decodes:] = 12345
     q = case.q.clone()
     q[num_decodes:] = NAN
-    got = decode(dataclasses.replace(case, q=q), device, metadata=metadata, tiles=tiles)
-    assert torch.equal(got[:num_decodes], want[:num_decodes])
+    got = decode(dataclasses.replace(case, q=q), device, metadata=metadata, **options)
     assert (got[num_decodes:] == 7.0).all()
+    got = got[:num_decodes]
+    torch.testing.assert_close(got.double(), expected[:num_decodes], **TOLERANCE[dtype])
+    if batch_invariant:
+        assert torch.equal(got, want[:num_decodes])
 
 
-@pytest.mark.parametrize("merge_here", [False, True])
-def test_rows_of_the_table_in_any_order(device: torch.device, merge_here: bool) -> None:
-    tiles = tiles_for(torch.float32, 64, merge_here=merge_here)
+@pytest.mark.parametrize("dtype", [DTYPES[-1], *on_gpu_only(*DTYPES[:-1])])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "head_dim", "at_once"),
+    [(9, 3, 64, 3), (16, 4, 48, 4), (6, 6, 64, 3), *on_gpu_only((32, 8, 128, 2), (20, 1, 64, 1))],
+)
+def test_several_kv_heads_at_once(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    at_once: int,
+) -> None:
+    case = make_case(
+        LENGTHS,
+        dtype=dtype,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=64,
+    )
+    tiles = tiles_for(dtype, head_dim, max_columns=256)
+    assert tiles.kv_heads(case.k_cache, num_q_heads // num_kv_heads) == at_once
+    want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
+    got = decode(case, device, tiles=tiles)
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_rows_of_the_table_in_any_order(device: torch.device, batch_invariant: bool) -> None:
+    options = {"batch_invariant": batch_invariant}
     case = make_case([*LENGTHS, PADDING], block_size=16)
-    want = decode(case, device, tiles=tiles)
+    want = decode(case, device, **options)
     metadata = dataclasses.replace(captured(case, len(LENGTHS)), device_counts=None)
-    assert torch.equal(decode(case, device, metadata=metadata, tiles=tiles), want)
+    assert torch.equal(decode(case, device, metadata=metadata, **options), want)
     assert (want[-1] == 0).all()
 
 
-@pytest.mark.parametrize("merge_here", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("options", [{"sliding_window": 600}, {"logit_softcap": 2.0}])
-def test_splits_under_windows_and_softcaps(
-    device: torch.device, merge_here: bool, options: dict[str, float]
+def test_parts_under_windows_and_softcaps(
+    device: torch.device, batch_invariant: bool, options: dict[str, float]
 ) -> None:
     case = make_case(LENGTHS, block_size=16)
-    tiles = tiles_for(torch.float32, 64, merge_here=merge_here)
     want = reference.paged_attention(
         *case.widened().arguments(), softmax_scale=case.softmax_scale, **options
     )
-    got = decode(case, device, tiles=tiles, **options)
+    got = decode(case, device, batch_invariant=batch_invariant, **options)
     torch.testing.assert_close(got.double(), want, **TOLERANCE[torch.float32])
 
 
@@ -262,21 +291,14 @@ GROUPINGS = {
 
 
 @pytest.mark.parametrize("dtype", [DTYPES[0], *on_gpu_only(*DTYPES[1:])])
-@pytest.mark.parametrize(
-    ("grouping", "merge_here"), [("several", False), *((name, True) for name in GROUPINGS)]
-)
-def test_shared_prefixes(
-    device: torch.device, dtype: torch.dtype, grouping: str, merge_here: bool
-) -> None:
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_shared_prefixes(device: torch.device, dtype: torch.dtype, grouping: str) -> None:
     case = make_case(
         GROUP_LENGTHS, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=BLOCK_SIZE
     )
     case = share(case, GROUPINGS[grouping], 4, BLOCK_SIZE)
     want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
-    arguments = {
-        "tiles": tiles_for(dtype, 64, merge_here=merge_here),
-        "tiles_of_prefixes": prefix_tiles_for(dtype, 64, split=128, max_splits=4),
-    }
+    arguments = {"tiles_of_prefixes": prefix_tiles_for(dtype, 64, min_tiles=2, max_parts=4)}
     metadata = without_borrowed_entries(case)
     got = decode(case, device, metadata=metadata, **arguments)
     torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
@@ -286,15 +308,12 @@ def test_shared_prefixes(
         assert torch.equal(decode(case, device, metadata=metadata, **arguments), got)
 
 
-@pytest.mark.parametrize("block_size", [64, *on_gpu_only(16, 32, 128)])
-def test_members_never_change_each_other(device: torch.device, block_size: int) -> None:
-    """A sequence's bits follow from its length and its prefix: not from who shares it."""
-    lengths = [(128 * 3 + 40 * i, 1) for i in range(9)]
-    case = make_case(lengths, dtype=torch.float16, num_q_heads=8, block_size=block_size)
-    num_blocks = 256 // block_size
-    together = decode(share(case, [(num_blocks, list(range(9)))], 2, block_size), device)
-    fewer = decode(share(case, [(num_blocks, [0, 7, 3])], 2, block_size), device)
-    assert_rows_alike(fewer[[0, 7, 3]], together[[0, 7, 3]])
+def test_batch_invariance_shares_nothing(device: torch.device) -> None:
+    case = make_case(GROUP_LENGTHS, dtype=torch.float16, block_size=BLOCK_SIZE)
+    case = share(case, GROUPINGS["several"], 3, BLOCK_SIZE)
+    got = decode(case, device, batch_invariant=True)
+    case.metadata.shared_prefixes = None
+    assert torch.equal(decode(case, device, batch_invariant=True), got)
 
 
 @pytest.mark.parametrize("options", [{"sliding_window": 300}, {"logit_softcap": 2.0}])
@@ -313,23 +332,16 @@ def test_shared_prefixes_under_windows_and_softcaps(
         assert torch.equal(decode(case, device, **options), got), "windows ignore groups"
 
 
-def test_shared_prefixes_of_a_captured_step(device: torch.device) -> None:
+@pytest.mark.parametrize("num_decodes", [len(GROUP_LENGTHS), 8])
+def test_shared_prefixes_of_a_captured_step(device: torch.device, num_decodes: int) -> None:
     case = make_case(GROUP_LENGTHS, block_size=BLOCK_SIZE)
     case = share(case, [(10, [4, 1, 6]), (2, [2, 0])], 16, BLOCK_SIZE)
     want = decode(case, device)
-    got = decode(case, device, metadata=captured(case, 8))
-    assert torch.equal(got[:8], want[:8])
-    assert (got[8:] == 7.0).all()
-
-
-@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter runs one program after the other")
-@pytest.mark.parametrize("merge_here", [False, True])
-def test_programs_that_start_early_change_no_bit(device: torch.device, merge_here: bool) -> None:
-    case = make_case([*LENGTHS, *[(40 * n, 1) for n in range(60)]], block_size=64)
-    want = decode(case, device, tiles=tiles_for(torch.float32, 64, merge_here=merge_here))
-    tiles = tiles_for(torch.float32, 64, merge_here=merge_here, use_pdl=True)
-    for _ in range(20):
-        assert torch.equal(decode(case, device, tiles=tiles), want)
+    got = decode(case, device, metadata=captured(case, num_decodes))
+    assert (got[num_decodes:] == 7.0).all()
+    # The fewer sequences, the more they are cut.
+    torch.testing.assert_close(got[:num_decodes], want[:num_decodes], **TOLERANCE[torch.float32])
+    assert torch.equal(got, want) == (num_decodes == len(want))
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="captures a CUDA graph")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import cpu, dispatch, reference
+from engine.kernels import cpu, dispatch, fused_reference, reference
 
 ROOT = Path(__file__).parents[2]
 KERNEL_MODULE = {
@@ -20,6 +20,10 @@ KERNEL_MODULE = {
     "normed_linear": "few_row_linear",
     "normed_qkv": "few_row_qkv",
     "add_linear": "few_row_linear",
+    "scaled_linear": "fused_linear",
+    "scaled_qkv": "fused_qkv",
+    "add_weighed_linear": "fused_linear",
+    "embed_weighed": "embed_rows",
 }
 
 
@@ -33,7 +37,8 @@ def parameters(function: object) -> list[tuple[str, object, object]]:
 @pytest.mark.parametrize("op", dispatch.PUBLIC_OPS)
 def test_op_has_twins_with_its_signature(op: str) -> None:
     want = parameters(getattr(dispatch, op))
-    assert parameters(getattr(reference, op)) == want
+    twins = reference if hasattr(reference, op) else fused_reference
+    assert parameters(getattr(twins, op)) == want
     assert parameters(getattr(cpu, op)) == want
     if importlib.util.find_spec("triton") is not None:
         module = importlib.import_module(f"engine.kernels.{KERNEL_MODULE.get(op, op)}")
@@ -72,6 +77,7 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = bench.SHAPES[0]
     rows = bench.layer_rows(shape, 2, device, torch.float32)
     rows += bench.few_row_rows(shape, 2, device, torch.float32)
+    rows += bench.fused_rows(shape, 2, device, torch.float32)
     rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
     rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))
     assert {row.op for row in rows} == set(dispatch.PUBLIC_OPS)

@@ -11,7 +11,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from engine.errors import ConfigError
-from engine.kernels import reference
+from engine.kernels import fused_reference, reference
 
 
 def sdpa(case: AttentionCase, row: int, sliding_window: int | None) -> torch.Tensor:
@@ -197,3 +197,42 @@ def test_products_of_few_rows_are_what_they_replace() -> None:
     assert torch.equal(q, want)
     assert torch.equal(caches[0], caches[2])
     assert caches[1].count_nonzero() == 2 * 4
+
+
+def test_fused_products_are_what_they_replace() -> None:
+    """A weighed row divided by its root mean square is the row's norm, in float64."""
+    embedding, norm_weight = torch.randn(11, 8).double(), torch.randn(8).double()
+    up, down = torch.randn(12, 8).double(), torch.randn(8, 6).double()
+    bias, next_weight = torch.randn(8).double(), torch.randn(8).double()
+    ids, scale = torch.tensor([3, 10, 3]), torch.tensor(2.5).double()
+    close = {"rtol": 1e-6, "atol": 1e-6}  # `squares` are float32
+    hidden, x, squares = fused_reference.embed_weighed(ids, embedding, norm_weight, scale)
+    assert torch.equal(hidden, F.embedding(ids, embedding) * scale)
+    normed = F.rms_norm(hidden, (8,), norm_weight, 1e-5)
+    got = fused_reference.scaled_linear(x, squares, up, eps=1e-5)
+    torch.testing.assert_close(got, normed @ up.T, **close)
+    assert torch.equal(fused_reference.scaled_linear(x, None, up, eps=1e-5), x @ up.T)
+    got = fused_reference.scaled_linear(x, squares, up, eps=1e-5, activation="silu")
+    want = F.silu(normed @ up[:6].T) * (normed @ up[6:].T)
+    torch.testing.assert_close(got, want, **close)
+
+    want = hidden + F.linear(got, down, bias)
+    x, squares = fused_reference.add_weighed_linear(
+        got, down, hidden, next_weight, bias, weight_offset=1.0
+    )
+    torch.testing.assert_close(hidden, want)
+    normed = F.rms_norm(hidden, (8,), next_weight + 1.0, 1e-5)
+    metadata = make_metadata([(3, 1), PADDING, (5, 1)], 16, [[0], [], [1]])
+    caches = [torch.zeros(2, 16, 1, 4).double() for _ in range(4)]
+    heads = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 4}
+    head_norms = {"q_norm_weight": next_weight[:4], "k_norm_weight": next_weight[4:]}
+    cos_sin = torch.randn(8, 2, 2)
+    q = fused_reference.scaled_qkv(
+        x, squares, up, None, metadata, cos_sin, *caches[:2], **heads, eps=1e-5, **head_norms
+    )
+    want = reference.rope_write_kv(
+        normed @ up.T, metadata, cos_sin, *caches[2:], **heads, **head_norms
+    )
+    torch.testing.assert_close(q, want, **close)
+    torch.testing.assert_close(caches[:2], caches[2:], **close)
+    assert caches[0].count_nonzero() == 2 * 4

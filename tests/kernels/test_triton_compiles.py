@@ -32,6 +32,11 @@ from engine.kernels import (
     decode_plan,
     few_row_linear,
     few_row_tiles,
+    fused_linear,
+    fused_qkv,
+    fused_tiles,
+    persistent_decode,
+    persistent_step,
     prefill_attention,
     prefill_hopper,
     prefill_plan,
@@ -51,8 +56,12 @@ COMMON = {
 }
 
 
-BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr")
-FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
+BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr", "embedding_ptr", "hidden_ptr")
+INT64S = ("block_rows_ptr", "positions_ptr", "slots_ptr", "layers_ptr", "input_ids_ptr")
+FLOATS = (
+    *("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset"),
+    "head_eps",
+)
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
@@ -69,17 +78,18 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
             signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
         elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr") or "squares_ptr" in name:
             signature[name] = "*fp32"
-        elif name in ("block_rows_ptr", "positions_ptr", "slots_ptr"):
+        elif name in INT64S or name.endswith("words_ptr"):
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = "*i32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-    # What the launcher finds out by itself: pointers and strides are multiples of 16.
+    # What the launcher finds out by itself: pointers, strides and K are multiples of 16.
     aligned = [
         index
         for index, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_"))
+        if name not in constants
+        and (name.endswith("_ptr") or name.startswith("stride_") or name == "num_inner")
     ]
     make_source = GluonASTSource if "k_desc" in names else ASTSource
     source = make_source(
@@ -92,9 +102,9 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
-def tile_buffers(gpu_ir: str, num_rows: int, num_cols: int = HEAD_DIM) -> list[int]:
-    """Buffers of each tile of a size in shared memory."""
-    pattern = rf"memdesc<(\d+)x{num_rows}x{num_cols}xbf16[^>]*mutable> loc"
+def tile_buffers(gpu_ir: str, *shape: int) -> list[int]:
+    """Buffers of each tile of a shape in shared memory."""
+    pattern = rf"memdesc<(\d+)x{'x'.join(map(str, shape))}xbf16[^>]*mutable> loc"
     return [
         int(found)
         for line in gpu_ir.splitlines()
@@ -107,18 +117,21 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
-        "MAX_SPLITS": tiles.max_splits,
-        "HEADER": decode_plan.HEADER,
+        "HEADS": NUM_KV_HEADS,
+        "KV_HEADS": 1,
+        "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
+        "STARTS_EARLY": True,
         "ITEM": decode_plan.ITEM,
-        "MERGE_HERE": True,
-        "USE_PDL": True,
-        "HAS_THREADS": True,
+        "COLUMN": decode_plan.COLUMN,
         "BLOCK_M": 16,
         "BLOCK_N": tiles.block_n,
         "BLOCK_G": GROUP,
-        "BLOCK_S": tiles.merge_splits,
+        "BLOCK_G_D": HEAD_DIM,
+        "BLOCK_S": 8,
+        "BLOCK_ITEMS": 32,
     }
-    del constants["KEY_ALIGNMENT"]
+    for unused in ("KEY_ALIGNMENT", "NUM_KV_HEADS"):
+        del constants[unused]
     asm = compile_for_hopper(
         decode_attention._split_kernel,
         constants,
@@ -128,7 +141,8 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    assert "griddepcontrol.wait" in ptx
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
 
@@ -139,7 +153,7 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
         **{
             name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
         },
-        "HEADER": decode_plan.HEADER,
+        "STARTS_NEXT": True,
         "ITEM": decode_plan.ITEM,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -152,7 +166,8 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    assert "griddepcontrol.launch_dependents" in ptx
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 
@@ -177,7 +192,7 @@ def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n)
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages
 
@@ -242,22 +257,107 @@ def test_few_rows_keep_their_stages_in_flight(kind: str, num_rows: int) -> None:
         "BLOCK_SQUARES": 256,
         "EVEN_K": True,
         "BLOCK_M": tiles.block_m,
-        "COLS": tiles.num_cols,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "NUM_STAGES": tiles.num_stages,
-        "USE_PDL": True,
-        "PREFETCH_LINES": tiles.prefetch_lines,
     }
     kernel = few_row_linear._few_row_kernel
     asm = compile_for_hopper(kernel, constants, num_warps=tiles.num_warps, num_stages=3).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
-    assert "griddepcontrol.wait" in ptx
     assert ("mma" in ptx) == (num_rows > 1)
     if tiles.num_stages > 1:
         assert "cp.async.cg" in ptx
         buffers = tile_buffers(gpu_ir, tiles.block_n, tiles.block_k)
         assert len(buffers) >= (2 if kind == "gated" else 1)
+        assert min(buffers) >= tiles.num_stages - 1
+
+
+SHAPES = {
+    "llama-135m": (30, 576, 1536, 9, 3, 64),
+    "qwen3-0.6b": (28, 1024, 3072, 16, 8, 128),
+    "llama-8b": (32, 4096, 14336, 32, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_programs_wait_with_their_weights_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    num_layers, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim = SHAPES[name]
+    shape = persistent_step.PersistentShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        activation="silu",
+        norm_eps=1e-5,
+        norm_offset=0.0,
+        softmax_scale=head_dim**-0.5,
+        logit_softcap=0.0,
+        has_qkv_bias=False,
+        has_output_bias=False,
+        has_mlp_bias=False,
+        has_head_norms=name == "qwen3-0.6b",
+    )
+    monkeypatch.setattr(persistent_step, "num_multiprocessors", lambda _: 132)
+    cache = torch.empty(1, BLOCK_SIZE, num_kv_heads, head_dim)
+    step = persistent_step.PersistentStep(
+        shape, [([*[None] * 6, cache, cache], 0)], torch.empty(1, hidden_size), None
+    )
+    compiled = compile_for_hopper(
+        persistent_decode.persistent_kernel,
+        {**step.constants(has_threads=True), "PHASES": 255, "embedding_scale_ptr": None},
+        num_warps=step.tiles.num_warps,
+        num_stages=1,
+        launch_cooperative_grid=True,
+    )
+    assert compiled.metadata.launch_cooperative_grid
+    # One wait for qkv's, attention's, output's, gate_up's and down's input, and four in the
+    # merge: the compiler may be tempted to wait again for each use of the same words.
+    assert compiled.asm["ttgir"].count("AGAIN:") == 10
+    # Before each vector is waited for, 16-byte loads of weights are issued.
+    sass = compiled.asm["sass"]
+    order = re.findall(r"LDG\.E\.128|LDG\.E\.64\.STRONG|BAR\.SYNC", sass)
+    runs = [(found, len(list(run))) for found, run in itertools.groupby(order)]
+    waits = [index for index, (found, _) in enumerate(runs) if found.endswith("STRONG")]
+    assert sum(runs[index - 1][0] == "LDG.E.128" for index in waits) >= 5
+    num_spills = len(re.findall(r"\b(LDL|STL)\b", sass))
+    assert num_spills < 100
+
+
+@pytest.mark.parametrize("kind", ["gated", "qkv", "adding"])
+@pytest.mark.parametrize(("num_rows", "num_inner"), [(64, 576), (160, 576), (160, 3072)])
+def test_fused_products_keep_their_stages_in_flight(
+    kind: str, num_rows: int, num_inner: int
+) -> None:
+    x, weight = (torch.empty(n, num_inner, device="meta").bfloat16() for n in (num_rows, 960))
+    tiles = fused_tiles.tiles_for(kind, x, weight)
+    constants = tiles.constants(num_inner)
+    del constants["enable_fp_fusion"]
+    options = {name: constants.pop(name) for name in ("num_warps", "launch_pdl")}
+    constants |= {"bias_ptr": None, "HAS_BIAS": False, "USE_PDL": True}
+    if kind != "adding":
+        constants |= {"HAS_SCALE": True, "BLOCK_SQUARES": 16}
+    kernel = fused_linear._adding_kernel
+    if kind == "gated":
+        kernel = fused_linear._scaled_kernel
+        constants["ACTIVATION"] = "silu"
+    elif kind == "qkv":
+        kernel = fused_qkv._scaled_qkv_kernel
+        constants |= dict.fromkeys(("q_norm_weight_ptr", "k_norm_weight_ptr"))
+        constants |= dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False)
+        constants |= {"BLOCK_SIZE": 64, "NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "HALF": 32}
+        constants |= {"HAS_ROTATION": True}
+    asm = compile_for_hopper(kernel, constants, **options).asm
+    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    assert "griddepcontrol.wait" in ptx
+    assert ("wgmma.mma_async" in ptx) == (tiles.block_m >= 64 or tiles.swapped)
+    assert "cp.async.cg" in ptx
+    for rows in {tiles.block_m, tiles.block_n}:
+        buffers = tile_buffers(gpu_ir, rows, tiles.block_k)
+        assert buffers
         assert min(buffers) >= tiles.num_stages - 1
 
 

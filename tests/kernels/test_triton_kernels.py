@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -163,10 +164,11 @@ def test_logit_softcap(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 40}])
+@pytest.mark.parametrize("window", [None, 40])
 def test_neighbours_never_change_a_sequence(
-    device: torch.device, dtype: torch.dtype, options: dict[str, int]
+    device: torch.device, dtype: torch.dtype, window: int | None
 ) -> None:
+    options = {"sliding_window": window, "batch_invariant": True}
     seqs = [(5, 1), (300, 1), (600, 1), (0, 3), (60, 10)]
     if not IS_INTERPRETED:
         seqs = [(9000, 1), *((37 * n, 1) for n in range(60)), *seqs, (0, 500), (128, 1000)]
@@ -200,7 +202,7 @@ def test_chunk_boundaries_never_change_a_prompt(device: torch.device, dtype: tor
 def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) -> None:
     """A batch padded at both ends, lengths on the device only: what a captured graph sees."""
     exact = make_case([(7, 1), (40, 1), (0, 20), (33, 30)], block_size=16)
-    want = attend(exact, device)
+    want = attend(exact, device, batch_invariant=True)
     full = exact.metadata
     # Decodes padded from 2 to 4 rows, prefills from 2 to 3 sequences, tokens from 52 to 64.
     padded = dataclasses.replace(
@@ -225,7 +227,7 @@ def test_spare_rows_and_empty_sequences_of_a_padded_batch(device: torch.device) 
     )
     q = torch.full((64, *exact.q.shape[1:]), float("nan"))
     q[:2], q[4:54] = exact.q[:2], exact.q[2:]
-    got = attend(dataclasses.replace(exact, q=q, metadata=padded), device)
+    got = attend(dataclasses.replace(exact, q=q, metadata=padded), device, batch_invariant=True)
     assert torch.equal(torch.cat((got[:2], got[4:54])), want)
     assert (got[2:4] == 0).all()
     assert (got[54:] == 0).all()
@@ -445,48 +447,124 @@ def test_out_with_a_row_stride(device: torch.device) -> None:
     assert (wide[:, 256:] == 7.0).all()
 
 
+def want_plan(
+    lengths: list[int], rows: list[int], blocks: list[list[int]], window: int | None, layout: Any
+) -> tuple[list[list[int]], list[list[int]], list[int], int]:
+    """Items, columns, places and tiles as the head of `decode_plan` defines them, one by one."""
+    tile = layout.tile
+    firsts = [max(0, length - window) // tile * tile if window else 0 for length in lengths]
+    tiles = [
+        max(1, -(-(length - first) // tile)) for length, first in zip(lengths, firsts, strict=True)
+    ]
+    per_column = max(
+        -(-sum(tiles) // layout.num_columns),
+        layout.min_tiles,
+        -(-max(tiles) // (layout.max_parts - 1)),
+        layout.split // tile,
+    )
+    # Borders of the columns among all tiles, moved to the end of a sequence where one is near.
+    starts = [0, *itertools.accumulate(tiles)]
+    column_starts = []
+    for border in range(0, starts[-1], per_column):
+        seq = max(seq for seq, start in enumerate(starts) if start <= border)
+        offset, count = border - starts[seq], tiles[seq]
+        if count < 2 * layout.snap:
+            offset = 0 if offset < (count + 1) // 2 else count
+        elif offset < layout.snap:
+            offset = 0
+        elif count - offset < layout.snap:
+            offset = count
+        column_starts.append(starts[seq] + offset)
+    items, columns, places, place = [], [], [], 0
+    for seq, (length, first, count) in enumerate(zip(lengths, firsts, tiles, strict=True)):
+        before = starts[seq]
+        if layout.split:
+            num_parts = layout.num_fixed_parts(length - first)
+            borders = [part * count // num_parts for part in range(num_parts + 1)]
+        else:
+            inner = {start - before for start in column_starts if before < start < before + count}
+            borders = [0, *sorted(inner), count]
+            num_parts = len(borders) - 1
+        places.append(place)
+        for part, (start, end) in enumerate(itertools.pairwise(borders)):
+            first_key = first + start * tile
+            end_key = min(first + end * tile, length)
+            item = [
+                seq,
+                rows[seq],
+                first_key,
+                end_key,
+                place + part if num_parts > 1 else -1,
+                max(0, length - window) if window else 0,
+                blocks[seq][first_key // 16] if first_key < end_key else 0,
+            ]
+            if layout.split:
+                inside = range(before + start, before + end)
+                count_first = sum(1 for tile_index in inside if tile_index % per_column == 0)
+            else:
+                count_first = column_starts.count(before + start)
+            columns += [[*item, len(items), before + start]] * count_first
+            items.append([*item, num_parts * 257 + part * 65536])
+        place += num_parts if num_parts > 1 else 0
+    return items, columns, places, starts[-1]
+
+
 @pytest.mark.parametrize("num_seqs", [1, 4, 40, *on_gpu_only(1025, 4096)])
 @pytest.mark.parametrize("window", [None, 700])
 @pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize(("split", "snap"), [(0, 1), (0, 3), (256, 2)])
+@pytest.mark.parametrize("num_columns", [33, *on_gpu_only(1, 700)])
 def test_every_key_is_planned_once(
-    device: torch.device, num_seqs: int, window: int | None, is_captured: bool
+    device: torch.device,
+    num_seqs: int,
+    window: int | None,
+    is_captured: bool,
+    split: int,
+    snap: int,
+    num_columns: int,
 ) -> None:
-    decode_plan = kernels("decode_plan")
-    layout = decode_plan.SplitLayout(split=256, max_splits=32)
+    decode_plan, decode_layout = kernels("decode_plan"), kernels("decode_layout")
+    layout = decode_layout.SplitLayout(num_columns, 64, 4, snap, max_parts=32, split=split)
     random = torch.Generator().manual_seed(num_seqs)
     seq_lens = torch.randint(0, 20000, (num_seqs,), generator=random)
     seq_lens[:4] = torch.tensor([0, 1, 256, 257])[:num_seqs]
-    metadata = make_metadata([(length - 1, 1) for length in seq_lens.tolist()], 16, [[]] * num_seqs)
+    table = torch.randint(0, 10**6, (num_seqs, 1250), generator=random)
+    metadata = make_metadata([(0, 1)] * num_seqs, 16, table.tolist())
+    metadata.seq_lens = seq_lens.int()
     num_planned, rows = num_seqs, torch.arange(num_seqs)
     if is_captured:
         num_planned, rows = num_seqs // 2, torch.randperm(num_seqs + 3, generator=random)[:num_seqs]
         metadata.block_rows = rows
+        metadata.block_table = torch.full((num_seqs + 3, 1250), 2**30, dtype=torch.int32)
+        metadata.block_table[rows] = table.int()
         metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
-    no_groups = decode_plan.PrefixLayout(64, layout)
+    no_groups = decode_layout.PrefixLayout(1, 64, 64, 4, 16)
     plan = decode_plan.plan_decode(
-        metadata_on(metadata, device), num_seqs, 9, 3, window, layout, no_groups
+        metadata_on(metadata, device), num_seqs, 9, 3, 3, 16, window, layout, no_groups
     )
     # Copied once: thousands of copies from a busy GPU take minutes.
-    listed, places, arrivals = (x.tolist() for x in (plan.items, plan.places, plan.arrivals))
-    first, size = decode_plan.HEADER, decode_plan.ITEM
-    items = [listed[first + size * i : first + size * (i + 1)] for i in range(listed[0])]
-    want, place = [], 0
-    for seq, (length, row) in enumerate(zip(seq_lens.tolist(), rows.tolist(), strict=True)):
-        if seq == num_planned:
-            break
-        first = max(0, length - window) // 64 * 64 if window else 0
-        tiles = -(-(length - first) // 64)
-        splits = layout.num_splits(length - first)
-        borders = [first + tiles * split // splits * 64 for split in range(splits)] + [length]
-        assert length == 0 or all(start < end for start, end in itertools.pairwise(borders))
-        want += [
-            [seq, row, start, end, place, split, splits, length]
-            for split, (start, end) in enumerate(itertools.pairwise(borders))
-        ]
-        assert places[seq] == [place, splits]
-        place += splits if splits > 1 else 0
-    assert items == want
-    assert not any(arrivals[: num_planned * 3])
+    items, columns, places = (x.tolist() for x in (plan.items, plan.columns, plan.places))
+    want_items, want_columns, want_places, num_tiles = [], [], [], 0
+    if num_planned:
+        want_items, want_columns, want_places, num_tiles = want_plan(
+            seq_lens.tolist()[:num_planned],
+            rows.tolist(),
+            table.tolist(),
+            window,
+            layout,
+        )
+    assert items[: len(want_items)] == want_items
+    assert places[:num_planned] == want_places
+    assert [column[:9] for column in columns[: len(want_columns)]] == want_columns
+    # Behind the last column with work: where it ends.
+    ends = [column[:9] for column in columns[len(want_columns) :]]
+    end = [*[0] * 7, len(want_items), num_tiles]
+    assert ends == [end] * (num_columns + 1 - len(want_columns))
+    assert sum(item[4] >= 0 for item in want_items) <= plan.max_places
+    assert not any(plan.arrivals.tolist()[: num_planned * 3])
+    if not split:
+        shares = [b - a for a, b in itertools.pairwise(column[8] for column in want_columns)]
+        assert not shares or max(shares) - sum(shares) / len(shares) <= 2 * snap
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,9 +1,10 @@
-"""The forward for few rows computes what the plain one does, with the same weights."""
+"""The fused forwards compute what the plain one does, with the same weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import metadata_on
 from model_driver import build_metadata
 from model_zoo import FAMILIES, config_dict, hf_model
 
@@ -43,6 +44,42 @@ def test_fused_forward_is_the_plain_one(family: str) -> None:
         assert family.split("-")[0] in NOT_FUSED
         return
     want, want_caches = run(decoder, "forward")
-    got, got_caches = run(decoder, "_forward_few_rows")
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got_caches, want_caches, rtol=1e-4, atol=1e-4)
+    for forward in ("_forward_few_rows", "_forward_weighed"):
+        got, got_caches = run(decoder, forward)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got_caches, want_caches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("num_rows", [20, 100, 256])
+def test_fused_forward_on_a_gpu_is_as_exact_as_the_plain_one(family: str, num_rows: int) -> None:
+    """Both in bfloat16 against float32 on the CPU, with the same rounded weights."""
+    wide = decoder_of(family)
+    narrow = Decoder(wide.config, torch.device("cuda"), torch.bfloat16)
+    for (_, weight), (_, other) in zip(wide.named_weights(), narrow.named_weights(), strict=True):
+        other.copy_(weight)
+        weight.copy_(other)
+    ids = torch.randint(wide.config.vocab_size, (num_rows,))
+    metadata = build_metadata([(0, 1, [row]) for row in range(num_rows)], 16)
+
+    def logits(decoder: Decoder, forward: str) -> torch.Tensor:
+        device, shape = decoder.device, decoder.kv_cache_shape(num_rows, 16)
+        caches = [
+            tuple(torch.zeros(shape, device=device, dtype=decoder.dtype) for _ in "kv")
+            for _ in decoder.layers
+        ]
+        decoder._max_weighed_tokens = 0
+        with torch.inference_mode():
+            hidden = getattr(decoder, forward)(
+                ids.to(device), caches, metadata_on(metadata, device)
+            )
+            return decoder.compute_logits(hidden).cpu().float()
+
+    want = logits(wide, "forward")
+    plain, fused = (
+        (logits(narrow, forward) - want).norm() for forward in ("forward", "_forward_weighed")
+    )
+    assert plain < 0.05 * want.norm()
+    assert fused < 1.5 * plain

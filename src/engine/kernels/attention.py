@@ -20,6 +20,7 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`. Both caches have equal strides, 1 along head_dim.
@@ -45,7 +46,15 @@ def paged_attention(
         "logit_softcap": logit_softcap,
     }
     if num_decodes:
-        decode_attention(q[:num_decodes], k_cache, v_cache, metadata, out[:num_decodes], **options)
+        decode_attention(
+            q[:num_decodes],
+            k_cache,
+            v_cache,
+            metadata,
+            out[:num_decodes],
+            batch_invariant=batch_invariant,
+            **options,
+        )
     # Where the device knows the counts, `num_decodes` is a bound: prefills may start before it.
     has_prefills = metadata.max_prefills > 0 if is_captured else metadata.num_seqs > num_decodes
     if has_prefills:

@@ -23,7 +23,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = 1.4426950408889634
 
@@ -186,15 +185,10 @@ def score_factors(softmax_scale: float, logit_softcap: float) -> tuple[float, fl
     return softmax_scale * LOG2_E, 0.0
 
 
-@triton.jit
-def follow_kernel_before():
-    """Wait for the kernel before this one, and let the next one start while this one runs.
-
-    For kernels launched with `launch_pdl`, first thing in every program: after it all that came
-    earlier on the stream is done, if the kernels in between wait likewise.
-    """
-    gdc_launch_dependents()
-    gdc_wait()
+@functools.cache
+def starts_kernels_early(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it runs: compute capability 9.0 and above."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 
 from engine.kernels import reference
 from engine.kernels.cpu_attention import paged_attention
+from engine.kernels.fused_reference import (
+    add_weighed_linear,
+    embed_weighed,
+    scaled_linear,
+    scaled_qkv,
+)
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.reference import (
     add_linear,
@@ -24,14 +30,18 @@ __all__ = [
     "act_mul",
     "add_linear",
     "add_rms_norm",
+    "add_weighed_linear",
     "batch_invariant_linear",
     "embed_rows",
+    "embed_weighed",
     "few_row_linear",
     "normed_linear",
     "normed_qkv",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
+    "scaled_linear",
+    "scaled_qkv",
 ]
 
 

@@ -36,6 +36,7 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`. The caches must be contiguous.

@@ -1,7 +1,7 @@
 """The ops that layers call. CPU tensors take `cpu`, CUDA tensors the Triton kernels.
 
-Every op here has the same name and arguments in `reference`, which states formula, shapes and
-rounding. Triton is imported by the first call with a CUDA tensor.
+Every op here has the same name and arguments in `reference` or `fused_reference`, which state
+formula, shapes and rounding. Triton is imported by the first call with a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ PUBLIC_OPS = (
     "normed_qkv",
     "add_linear",
     "embed_rows",
+    "scaled_linear",
+    "scaled_qkv",
+    "add_weighed_linear",
+    "embed_weighed",
 )
 
 
@@ -125,11 +129,13 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the step's tokens over their KV blocks; see `reference.paged_attention`.
 
-    A sequence's result does not depend on the other sequences of the batch, bit for bit.
+    With `batch_invariant`, and on a CPU always, a sequence's result does not depend on the other
+    sequences of the batch, bit for bit.
     """
     if q.is_cuda:
         from engine.kernels.attention import paged_attention as op
@@ -143,6 +149,7 @@ def paged_attention(
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
+        batch_invariant=batch_invariant,
         out=out,
     )
 
@@ -267,6 +274,104 @@ def embed_rows(
     from engine.kernels import embed_rows as kernels
 
     return kernels.embed_rows(input_ids, weight, scale)
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    squares: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Product of weighed rows, gated on demand; see `fused_reference.scaled_linear`.
+
+    Raises:
+        ConfigError: `activation` is none of "silu", "gelu", "gelu_tanh".
+    """
+    if x.is_cuda:
+        from engine.kernels.fused_linear import scaled_linear as op
+    else:
+        op = cpu.scaled_linear
+    return op(x, squares, weight, bias, eps=eps, activation=activation)
+
+
+def scaled_qkv(
+    x: torch.Tensor,
+    squares: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_norm_weight: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """`rope_write_kv` of `scaled_linear`; see `fused_reference.scaled_qkv`."""
+    if x.is_cuda:
+        from engine.kernels.fused_qkv import scaled_qkv as op
+    else:
+        op = cpu.scaled_qkv
+    return op(
+        x,
+        squares,
+        weight,
+        bias,
+        metadata,
+        cos_sin,
+        k_cache,
+        v_cache,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        norm_eps=norm_eps,
+        norm_weight_offset=norm_weight_offset,
+    )
+
+
+def add_weighed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden += x @ weight.T + bias`, then weighed; see `fused_reference.add_weighed_linear`."""
+    if x.is_cuda:
+        from engine.kernels.fused_linear import add_weighed_linear as op
+    else:
+        op = cpu.add_weighed_linear
+    return op(x, weight, hidden, norm_weight, bias, weight_offset=weight_offset)
+
+
+def embed_weighed(
+    input_ids: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of an embedding, weighed, and their squares; see `fused_reference.embed_weighed`."""
+    if weight.is_cuda:
+        from engine.kernels.embed_rows import embed_weighed as op
+    else:
+        op = cpu.embed_weighed
+    return op(input_ids, weight, norm_weight, scale, weight_offset=weight_offset)
 
 
 __all__ = [*PUBLIC_OPS, "begin_step"]

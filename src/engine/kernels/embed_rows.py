@@ -1,13 +1,16 @@
 """Rows of an embedding, and the sums of squares that the first norm divides by.
 
     out[t] = weight[input_ids[t]] * scale        squares[t] = sum_h out[t, h]^2
+    weighed[t] = out[t] * (weight_offset + norm_weight)     (only `embed_weighed`)
 
 | argument      | shape, dtype                 | duty                                   |
 |---------------|------------------------------|----------------------------------------|
 | input_ids_ptr | [T] int64                    | contiguous, in [0, V)                  |
 | weight_ptr    | [V, H] bf16, fp16 or fp32    | stride 1 along H, any along V          |
 | scale_ptr     | [] in weight's dtype         | None: no scale                         |
+| norm_weight_ptr | [H], any float dtype       | contiguous; None: rows are not weighed |
 | out_ptr       | [T, H], weight's dtype       | contiguous                             |
+| weighed_ptr   | [T, H], weight's dtype       | contiguous                             |
 | squares_ptr   | [T, 1] fp32                  | contiguous                             |
 
 Grid (T,): one program holds one row in registers. Numerics: the scaled row is rounded to the dtype
@@ -33,11 +36,15 @@ def _embed_kernel(
     input_ids_ptr,
     weight_ptr,
     scale_ptr,
+    norm_weight_ptr,
     out_ptr,
+    weighed_ptr,
     squares_ptr,
     stride_weight_row,
     num_cols,
+    weight_offset,
     HAS_SCALE: tl.constexpr,
+    IS_WEIGHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -50,14 +57,43 @@ def _embed_kernel(
     wide = x.to(tl.float32)
     tl.store(out_ptr + row * num_cols + cols, x, mask=mask)
     tl.store(squares_ptr + row, tl.sum(wide * wide, axis=0))
+    if IS_WEIGHED:
+        factor = tl.load(norm_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        weighed = (wide * (factor + weight_offset)).to(x.dtype)
+        tl.store(weighed_ptr + row * num_cols + cols, weighed, mask=mask)
 
 
 def embed_rows(
     input_ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.embed_rows`."""
+    out, _, squares = _launch(input_ids, weight, None, scale, 0.0)
+    return out, squares
+
+
+def embed_weighed(
+    input_ids: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `fused_reference.embed_weighed`."""
+    return _launch(input_ids, weight, norm_weight, scale, weight_offset)
+
+
+def _launch(
+    input_ids: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight_offset: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, weighed rows: the rows themselves without a norm weight, squares)."""
     num_rows, num_cols = input_ids.shape[0], weight.shape[1]
     out = weight.new_empty(num_rows, num_cols)
+    weighed = out if norm_weight is None else torch.empty_like(out)
     squares = torch.empty((num_rows, 1), dtype=torch.float32, device=weight.device)
     if num_rows:
         block = triton.next_power_of_2(num_cols)
@@ -65,13 +101,17 @@ def embed_rows(
             input_ids,
             weight,
             scale,
+            norm_weight,
             out,
+            weighed,
             squares,
             weight.stride(0),
             num_cols,
+            weight_offset,
             HAS_SCALE=scale is not None,
+            IS_WEIGHED=norm_weight is not None,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
             enable_fp_fusion=True,
         )
-    return out, squares
+    return out, weighed, squares

@@ -21,9 +21,9 @@ programs of the next product add them up in order. So a layer needs no norm kern
 | squares_ptr     | [T, P] fp32                     | contiguous; sums over parts of K            |
 | out_ptr         | [T, N], x's dtype               | contiguous; the residual stream, any stride |
 |                 |                                 | along T, where it is added to               |
-| new_squares_ptr | [T, ceil(N / COLS)] fp32     | contiguous                                  |
+| new_squares_ptr | [T, ceil(N / BLOCK_N)] fp32     | contiguous                                  |
 
-Grid (ceil(N / COLS), ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N weight rows (for
+Grid (ceil(N / BLOCK_N), ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N weight rows (for
 a gated product BLOCK_N of gate and the same of up), see `few_row_product`.
 
 Numerics: products summed in fp32 in the order of k, in fixed trees; every rounding to the dtype is
@@ -34,10 +34,6 @@ of T. Row offsets are int64.
 
 constexpr: tiles, switches, BLOCK_SQUARES (a power of two >= P). T is not specialised.
 Tiles come from `few_row_tiles`, measured there.
-
-USE_PDL (the sweep only): programs start while the kernel before them still runs (programmatic
-dependent launch),
-bring the head of their weight rows to L2, then wait for it to end. Hopper and later.
 """
 
 # Kernels annotate their compile-time parameters only; the rest are Triton values.
@@ -52,7 +48,7 @@ import triton.language as tl
 from engine.errors import ConfigError
 from engine.kernels.act_mul import activate
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.few_row_product import await_input, products, row_scales, row_sums
+from engine.kernels.few_row_product import products, row_scales, row_sums
 from engine.kernels.few_row_tiles import FewRowTiles, tiles_for
 from engine.kernels.reference import ACTIVATIONS, unknown_activation_message
 
@@ -84,17 +80,13 @@ def _few_row_kernel(
     BLOCK_SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    PREFETCH_LINES: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    in_tile = tl.arange(0, BLOCK_N)
-    cols = tile * COLS + in_tile
-    is_col = (in_tile < COLS) & (cols < num_cols)
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
     safe_cols = tl.where(is_col, cols, 0)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
@@ -102,8 +94,6 @@ def _few_row_kernel(
     is_gated: tl.constexpr = ACTIVATION != ""
     weight_ptrs = weight_ptr + safe_cols.to(tl.int64) * stride_weight_row
     up_offset = num_cols.to(tl.int64) * stride_weight_row
-    if USE_PDL:
-        await_input(weight_ptrs, up_offset, num_inner, is_gated, PREFETCH_LINES)
     scale = tl.zeros([BLOCK_M], tl.float32)
     if HAS_NORM:
         scale = row_scales(squares_ptr, num_squares, rows, is_row, num_inner, eps, BLOCK_SQUARES)
@@ -195,7 +185,7 @@ def add_linear(
 ) -> torch.Tensor:
     """See `reference.add_linear`. `hidden` needs stride 1 along H, being written in place."""
     tiles = tiles_for("adding", x, weight)
-    parts = triton.cdiv(weight.shape[0], tiles.num_cols)
+    parts = triton.cdiv(weight.shape[0], tiles.block_n)
     squares = torch.empty((x.shape[0], parts), dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, hidden, tiles, new_squares=squares)
     return squares
@@ -220,7 +210,7 @@ def _launch(
     squares, norm_weight, eps, weight_offset = norm or (None, None, 0.0, 0.0)
     num_squares = 1 if squares is None else squares.shape[1]
     num_cols = out.shape[1]
-    grid = (triton.cdiv(num_cols, tiles.num_cols), triton.cdiv(num_rows, tiles.block_m))
+    grid = (triton.cdiv(num_cols, tiles.block_n), triton.cdiv(num_rows, tiles.block_m))
     _few_row_kernel[grid](
         x,
         weight,
@@ -246,13 +236,9 @@ def _launch(
         BLOCK_SQUARES=triton.next_power_of_2(num_squares),
         EVEN_K=num_inner % tiles.block_k == 0,
         BLOCK_M=tiles.block_m,
-        COLS=tiles.num_cols,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         NUM_STAGES=tiles.num_stages,
-        USE_PDL=tiles.use_pdl,
-        PREFETCH_LINES=tiles.prefetch_lines,
         num_warps=tiles.num_warps,
         enable_fp_fusion=True,
-        launch_pdl=tiles.use_pdl,
     )

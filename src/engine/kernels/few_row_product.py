@@ -17,41 +17,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.rms_norm import apply_norm
-
-
-@triton.jit
-def await_input(
-    weight_ptrs, second_offset, num_inner, HAS_SECOND: tl.constexpr, LINES: tl.constexpr
-):
-    """Wait for the kernel before this one, with the head of the weight rows on its way to L2.
-
-    For kernels launched with `launch_pdl`; lets the next one start early, too.
-    """
-    gdc_launch_dependents()
-    _prefetch(weight_ptrs, num_inner, LINES)
-    if HAS_SECOND:
-        _prefetch(weight_ptrs + second_offset, num_inner, LINES)
-    gdc_wait()
-
-
-@triton.jit
-def _prefetch(weight_ptrs, num_inner, LINES: tl.constexpr):
-    """Ask L2 for the first LINES lines of 128 bytes of each weight row."""
-    LINE: tl.constexpr = 1024 // weight_ptrs.dtype.element_ty.primitive_bitwidth
-    starts = tl.arange(0, LINES) * LINE
-    starts = tl.where(starts < num_inner, starts, 0)
-    addresses = (weight_ptrs[:, None] + starts[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [addresses],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -19,7 +19,7 @@ the same of the second half has all that their rotation needs.
 | positions_ptr              | [T] int64                   | < P; not read where the slot is -1   |
 | slots_ptr                  | [T] int64                   | -1 marks padding, which is not stored|
 
-Grid ((Hq + 2 Hkv) R / COLS, ceil(T / BLOCK_M)): one program sums all of K for COLS columns of
+Grid ((Hq + 2 Hkv) R / BLOCK_N, ceil(T / BLOCK_M)): one program sums all of K for BLOCK_N columns of
 the first and as many of the second half of one head.
 
 Numerics: as the kernels that it replaces, qkv rounded to the dtype before the rotation, which
@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.few_row_product import await_input, products, row_scales, row_sums
+from engine.kernels.few_row_product import products, row_scales, row_sums
 from engine.kernels.few_row_tiles import tiles_for
 from engine.kernels.metadata import AttentionMetadata
 
@@ -76,26 +76,20 @@ def _normed_qkv_kernel(
     BLOCK_SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    PREFETCH_LINES: tl.constexpr,
 ):
-    tiles_per_head: tl.constexpr = HALF // COLS
+    tiles_per_head: tl.constexpr = HALF // BLOCK_N
     head = tl.program_id(0) // tiles_per_head
-    in_tile = tl.arange(0, BLOCK_N)
-    is_col = in_tile < COLS
-    in_head = tl.program_id(0) % tiles_per_head * COLS + tl.where(is_col, in_tile, 0)
+    in_head = tl.program_id(0) % tiles_per_head * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_col = in_head < HALF
     cols = head * 2 * HALF + in_head
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
 
     weight_ptrs = weight_ptr + cols.to(tl.int64) * stride_weight_row
     half_offset = HALF * stride_weight_row
-    if USE_PDL:
-        await_input(weight_ptrs, half_offset, num_inner, True, PREFETCH_LINES)
     scale = row_scales(squares_ptr, num_squares, rows, is_row, num_inner, eps, BLOCK_SQUARES)
     acc, acc_second = products(
         x_ptr + rows.to(tl.int64) * stride_x_row,
@@ -176,8 +170,8 @@ def normed_qkv(
     if not num_rows:
         return q
     tiles = tiles_for("qkv", hidden, weight)
-    cols = min(tiles.num_cols, half & -half)  # as many in every program
-    num_tiles = (num_q_heads + 2 * num_kv_heads) * half // cols
+    block_n = min(tiles.block_n, half & -half)  # as many in every program
+    num_tiles = (num_q_heads + 2 * num_kv_heads) * half // block_n
     grid = (num_tiles, triton.cdiv(num_rows, tiles.block_m))
     _normed_qkv_kernel[grid](
         hidden,
@@ -211,14 +205,10 @@ def normed_qkv(
         BLOCK_SQUARES=triton.next_power_of_2(squares.shape[1]),
         EVEN_K=num_inner % tiles.block_k == 0,
         BLOCK_M=tiles.block_m,
-        COLS=cols,
-        BLOCK_N=tiles.block_n,
+        BLOCK_N=block_n,
         BLOCK_K=tiles.block_k,
         NUM_STAGES=tiles.num_stages,
-        USE_PDL=tiles.use_pdl,
-        PREFETCH_LINES=tiles.prefetch_lines,
         num_warps=tiles.num_warps,
         enable_fp_fusion=True,
-        launch_pdl=tiles.use_pdl,
     )
     return q

@@ -11,8 +11,8 @@ warps:
 | llama-8b, B = 8   | 6.39             | 16x16x256 4 2: 6.26; 16x16x256 4 4: 6.46                  |
 | llama-135m, B = 1 | 0.97             | 1x8x512 3 4: 0.77                                         |
 
-Programs that start early (use_pdl) made 5.72 of 5.67 and 7.28 of 6.46 ms: probably they
-settle where the kernel before them leaves room, and no longer evenly over the SMs.
+Programs that start early (programmatic dependent launch) made 5.72 of 5.67 and 7.28 of 6.46 ms:
+probably they settle where the kernel before them leaves room, and no longer evenly over the SMs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,11 @@ class FewRowTiles:
 
     Attributes:
         block_m: Rows of x per program; 1 multiplies without tensor cores.
-        block_n: Weight rows in a program's registers: a power of two.
+        block_n: Weight rows per program (in a gated product of gate, and as many of up): a
+            power of two.
         block_k: Entries of K per round.
         num_stages: Rounds whose loads are in flight.
         num_warps: Warps per program.
-        use_pdl: Whether programs start before the kernel before them ends.
-        cols: Weight rows per program (in a gated product of gate, and as many of up), if fewer than
-            `block_n`: so many that every SM gets the same. The rest is not read.
-        prefetch_lines: 128-byte lines of each weight row that a program asks for while it waits.
     """
 
     block_m: int
@@ -43,14 +40,6 @@ class FewRowTiles:
     block_k: int
     num_stages: int = 4
     num_warps: int = 4
-    use_pdl: bool = False
-    cols: int = 0
-    prefetch_lines: int = 8
-
-    @property
-    def num_cols(self) -> int:
-        """Weight rows per program."""
-        return self.cols or self.block_n
 
 
 MAX_FUSED_ROWS = 8

@@ -147,6 +147,7 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's new tokens over its KV blocks.
@@ -162,6 +163,8 @@ def paged_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
+        batch_invariant: On a GPU make a sequence's bits independent of the rest of the batch;
+            elsewhere they are, whatever it says.
         out: [T, Hq * D] to write into, any row stride.
 
     Returns:

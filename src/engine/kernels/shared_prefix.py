@@ -1,12 +1,12 @@
 """The part of decode attention that several sequences share: their common leading blocks, once.
 
-    for the members b of a group, head h, and keys j of one split of the prefix:
+    for the members b of a group, head h, and keys j of one part of the prefix:
     m = max_j s[b, h, j];  l = sum_j 2^(s[b, h, j] - m);  acc = sum_j 2^(s[b, h, j] - m) v[j]
 
 as `_split_kernel` computes for one sequence, but with the query heads of all members as the rows of
 one matrix (Hydragen, Juravsky et al., arXiv 2402.05099): the keys are read once per group instead
 of once per member, and wide tiles keep the tensor cores busy. Sums and maxima go to the members'
-own places among the partials, ahead of their private splits; the merge knows no difference.
+own places among the partials, ahead of their private parts; the merge knows no difference.
 
 | argument        | shape, dtype                        | duty                                     |
 |-----------------|-------------------------------------|------------------------------------------|
@@ -15,13 +15,14 @@ own places among the partials, ahead of their private splits; the merge knows no
 | block_table_ptr | [rows, max_blocks] int32            | stride 1 along blocks                    |
 | items_ptr       | int32                               | items of groups, see `decode_plan`       |
 | members_ptr     | int32                               | see `metadata.SharedPrefixes`            |
-| places_ptr      | [B, 2] int32                        | first place of each sequence             |
+| places_ptr      | [B] int32                           | first place of each sequence             |
 | partial_ptr     | [places, Hq, D] fp32                | written                                  |
 | stats_ptr       | [places, 2, Hq] fp32                | written                                  |
 
-Grid (programs,), as many as fit the device: they walk the list, one item of one KV head at a time,
-and return at once where there are no groups. Members sit behind the prefix, so no key is masked,
-save a last tile that blocks smaller than a tile may leave incomplete.
+Grid (programs,), as many as fit the device beside the kernel of private keys, which starts as soon
+as all of them have: that one waits for memory, this one multiplies. They walk the list, one item of
+one KV head at a time, and return at once where there are no groups. Members sit behind the prefix,
+so no key is masked, save a last tile that blocks smaller than a tile may leave incomplete.
 
 Numerics: see `attention_tiles`. A row's bits depend on its own query and on the prefix alone: not
 on the rows beside it, nor on their number. int64 for offsets that multiply a stride. constexpr:
@@ -38,14 +39,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from engine.kernels.attention_tiles import (
-    KEY_ALIGNMENT,
-    attend_tiles,
-    num_multiprocessors,
-)
+from engine.kernels.attention_tiles import attend_tiles, num_multiprocessors, starts_kernels_early
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.decode_plan import HEADER, ITEM, DecodePlan, PrefixLayout, SplitLayout
+from engine.kernels.decode_layout import PrefixLayout
+from engine.kernels.decode_plan import ITEM, DecodePlan
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -59,8 +58,9 @@ class PrefixTiles:
         num_stages: Tiles of keys in flight, plus one.
         num_warps: Warps per program.
         programs_per_processor: Programs that share a multiprocessor.
-        split: Keys per split, a multiple of 64 and of block_n.
-        max_splits: Most splits of a prefix; leaves members at least one of their own.
+        min_tiles: Fewest tiles of keys in a part.
+        max_parts: Most parts of a prefix.
+        max_registers: Of a thread; None for as many as the compiler likes.
     """
 
     block_m: int
@@ -68,29 +68,30 @@ class PrefixTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    split: int = 1024
-    max_splits: int = 16
+    min_tiles: int = 4
+    max_parts: int = 16
+    max_registers: int | None = None
 
-    @property
-    def layout(self) -> PrefixLayout:
+    def layout(self, num_processors: int) -> PrefixLayout:
         """How prefixes are cut."""
-        tile = max(self.block_n, KEY_ALIGNMENT)
-        return PrefixLayout(self.block_m, SplitLayout(self.split, self.max_splits, tile))
+        return PrefixLayout(
+            num_programs=num_processors * self.programs_per_processor,
+            block_m=self.block_m,
+            tile=self.block_n,
+            min_tiles=self.min_tiles,
+            max_parts=self.max_parts,
+        )
 
 
 def prefix_tiles(dtype: torch.dtype, head_dim: int) -> PrefixTiles:
-    """Tiles for a dtype and head size.
-
-    Measured on an H100 with 64 members behind 5952 tokens, with the private parts: 512 keys per
-    split the fastest at head_dim 64 (9 query heads), 1024 at 128 (32); tiles of 128 rows no faster.
-    """
+    """Tiles for a dtype and head size."""
     if dtype == torch.float32:
         return PrefixTiles(16, 32, 2, 4, 2)
     if head_dim > 128:
         return PrefixTiles(64, 64, 2, 4, 1)
     if head_dim > 64:
         return PrefixTiles(64, 64, 3, 4, 2)
-    return PrefixTiles(64, 64, 3, 4, 1, split=512)
+    return PrefixTiles(64, 64, 3, 4, 1)
 
 
 @launchable
@@ -118,17 +119,19 @@ def _prefix_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HEADER: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
     ITEM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if STARTS_NEXT:
+        gdc_launch_dependents()
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     columns = tl.arange(0, BLOCK_D)
     num_items = tl.load(items_ptr) * NUM_KV_HEADS
     for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        item_ptr = items_ptr + HEADER + work // NUM_KV_HEADS * ITEM
+        item_ptr = items_ptr + (1 + work // NUM_KV_HEADS) * ITEM
         kv_head = work % NUM_KV_HEADS
         first_member = tl.load(item_ptr)
         num_members = tl.load(item_ptr + 1)
@@ -136,7 +139,7 @@ def _prefix_kernel(
         table_row = tl.load(item_ptr + 3).to(tl.int64)
         start = tl.load(item_ptr + 4)
         end = tl.load(item_ptr + 5)
-        split = tl.load(item_ptr + 6)
+        part = tl.load(item_ptr + 6)
         is_row = rows < num_members * GROUP
         seqs = tl.load(members_ptr + first_member + rows // GROUP, mask=is_row, other=0)
         seqs = seqs.to(tl.int64)
@@ -198,7 +201,7 @@ def _prefix_kernel(
                 BLOCK_N=BLOCK_N,
                 BLOCK_SIZE=BLOCK_SIZE,
             )
-        places = tl.load(places_ptr + seqs * 2, mask=is_row, other=0).to(tl.int64) + split
+        places = tl.load(places_ptr + seqs, mask=is_row, other=0).to(tl.int64) + part
         partial_ptrs = partial_ptr + (places * num_q_heads + heads)[:, None] * HEAD_DIM
         tl.store(partial_ptrs + columns[None, :], acc, mask=mask)
         stats_ptrs = stats_ptr + places * (2 * num_q_heads) + heads
@@ -259,7 +262,7 @@ def attend_shared_prefixes(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         HAS_SOFTCAP=softcap != 0.0,
-        HEADER=HEADER,
+        STARTS_NEXT=starts_kernels_early(q.device),
         ITEM=ITEM,
         BLOCK_M=tiles.block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
@@ -267,4 +270,5 @@ def attend_shared_prefixes(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        maxnreg=tiles.max_registers,
     )

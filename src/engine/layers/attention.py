@@ -81,6 +81,7 @@ class Attention:
         self.softmax_scale = softmax_scale
         self.sliding_window = sliding_window
         self.logit_softcap = logit_softcap
+        self.batch_invariant = batch_invariant
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of the merged weights under the checkpoint's names."""
@@ -112,8 +113,11 @@ class Attention:
             v_cache: Likewise.
             metadata: Layout of the batch.
         """
-        qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
-        q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
+        if self.qkv_proj.beats_library("qkv", x) and self._turns_whole_heads(cos_sin):
+            q = self._turned_product(x, None, 0.0, cos_sin, k_cache, v_cache, metadata)
+        else:
+            qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
+            q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
         return self.o_proj(self._attend(q, k_cache, v_cache, metadata))
 
     def fused(
@@ -151,6 +155,70 @@ class Attention:
             qkv = self.qkv_proj.of_normed(hidden, squares, norm)
             q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
         return self.o_proj.add_to(hidden, self._attend(q, k_cache, v_cache, metadata))
+
+    def weighed(
+        self,
+        x: torch.Tensor,
+        squares: torch.Tensor,
+        hidden: torch.Tensor,
+        norm: RMSNorm,
+        next_norm: RMSNorm,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden += attention(norm(hidden))` in place, where x is hidden weighed for `norm`.
+
+        Returns:
+            (hidden weighed for `next_norm`, its `squares`), new.
+        """
+        if self._turns_whole_heads(cos_sin):
+            q = self._turned_product(x, squares, norm.eps, cos_sin, k_cache, v_cache, metadata)
+        else:
+            qkv = self.qkv_proj.of_weighed(x, squares, norm.eps)
+            q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
+        y = self._attend(q, k_cache, v_cache, metadata)
+        return self.o_proj.add_weighed(hidden, y, next_norm)
+
+    def _turned_product(
+        self,
+        x: torch.Tensor,
+        squares: torch.Tensor | None,
+        eps: float,
+        cos_sin: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Queries for attention, new [T, Hq, D], from x in one kernel; `dispatch.scaled_qkv`."""
+        return dispatch.scaled_qkv(
+            x,
+            squares,
+            self.qkv_proj.weight,
+            self.qkv_proj.bias,
+            metadata,
+            cos_sin,
+            k_cache,
+            v_cache,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            eps=eps,
+            q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
+            k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
+            norm_eps=self.norm_eps,
+            norm_weight_offset=self.norm_offset,
+        )
+
+    def _turns_whole_heads(self, cos_sin: torch.Tensor | None) -> bool:
+        """Whether `dispatch.scaled_qkv` can norm and turn the heads."""
+        has_whole_heads = cos_sin is None or 2 * cos_sin.shape[-1] == self.head_dim
+        power_of_two = self.head_dim & -self.head_dim
+        has_size = power_of_two >= 32
+        if self.q_norm is not None:  # a program has the whole head
+            has_size = self.head_dim in (32, 64, 128)
+        return has_whole_heads and has_size
 
     def _rotates_in_product(self, cos_sin: torch.Tensor | None) -> bool:
         """Whether rotation needs no more of a head than two halves of 16 columns and more."""
@@ -197,4 +265,5 @@ class Attention:
             softmax_scale=self.softmax_scale,
             sliding_window=self.sliding_window,
             logit_softcap=self.logit_softcap,
+            batch_invariant=self.batch_invariant,
         )

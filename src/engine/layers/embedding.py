@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import dispatch
+from engine.layers.norm import RMSNorm
 
 
 class Embedding:
@@ -47,3 +48,11 @@ class Embedding:
     def with_squares(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden states, their rows' sums of squares [T, 1] float32), for `Linear.of_normed`."""
         return dispatch.embed_rows(input_ids, self.weight, self.scale)
+
+    def weighed(
+        self, input_ids: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(hidden states, the same weighed for `norm`, `squares`), for `Linear.of_weighed`."""
+        return dispatch.embed_weighed(
+            input_ids, self.weight, norm.weight, self.scale, weight_offset=norm.offset
+        )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import dispatch, few_row_tiles
+from engine.kernels import dispatch, few_row_tiles, fused_tiles
 from engine.layers.norm import RMSNorm
 from engine.layers.row_sizes import ROW_SIZES, in_parts
 
@@ -123,6 +123,41 @@ class Linear:
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`hidden += self(x)` in place, in one kernel for few rows; returns the new `squares`."""
         return dispatch.add_linear(x, self.weight, hidden, self.bias)
+
+    def beats_library(self, kind: str, x: torch.Tensor) -> bool:
+        """Whether this product of x is faster together with what follows it.
+
+        Args:
+            kind: "qkv" with rotation and KV write, or "gated" with the activation.
+            x: [T, in_features], normalised.
+        """
+        return (
+            self.packed is None
+            and self.uses_plain_product
+            and fused_tiles.beats_library(kind, x.shape[0], self.weight)
+        )
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """`act_mul(self(x))` in one kernel, where `beats_library` says so."""
+        return dispatch.scaled_linear(
+            x, None, self.weight, self.bias, eps=0.0, activation=activation
+        )
+
+    def of_weighed(
+        self, x: torch.Tensor, squares: torch.Tensor, eps: float, activation: str | None = None
+    ) -> torch.Tensor:
+        """`self` of the norm of weighed rows x [T, in_features]; see `dispatch.scaled_linear`."""
+        return dispatch.scaled_linear(
+            x, squares, self.weight, self.bias, eps=eps, activation=activation
+        )
+
+    def add_weighed(
+        self, hidden: torch.Tensor, x: torch.Tensor, next_norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden += self(x)` in place; returns (hidden weighed for `next_norm`, `squares`)."""
+        return dispatch.add_weighed_linear(
+            x, self.weight, hidden, next_norm.weight, self.bias, weight_offset=next_norm.offset
+        )
 
 
 class TiedLinear(Linear):

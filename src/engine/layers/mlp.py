@@ -65,6 +65,8 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """New [T, H] from x [T, H]."""
+        if self.gate_up_proj.beats_library("gated", x):
+            return self.down_proj(self.gate_up_proj.gated(x, self.activation))
         gate_up = self.gate_up_proj(x)  # [T, 2 I]
         return self.down_proj(dispatch.act_mul(gate_up, self.activation))
 
@@ -72,3 +74,19 @@ class GatedMLP:
         """`hidden += mlp(norm(hidden))` in place; returns the new `squares`."""
         x = self.gate_up_proj.of_normed(hidden, squares, norm, self.activation)  # [T, I]
         return self.down_proj.add_to(hidden, x)
+
+    def weighed(
+        self,
+        x: torch.Tensor,
+        squares: torch.Tensor,
+        hidden: torch.Tensor,
+        norm: RMSNorm,
+        next_norm: RMSNorm,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden += mlp(norm(hidden))` in place, where x is hidden weighed for `norm`.
+
+        Returns:
+            (hidden weighed for `next_norm`, its `squares`), new.
+        """
+        y = self.gate_up_proj.of_weighed(x, squares, norm.eps, self.activation)  # [T, I]
+        return self.down_proj.add_weighed(hidden, y, next_norm)

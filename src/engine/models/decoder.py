@@ -8,20 +8,21 @@ One step, for a flat batch of T tokens from B sequences::
     norm(hidden)                                [T, H]  -> compute_logits for the rows needed
 
 Every `hidden += y` is fused with the norm that follows it; for few tokens on a GPU both are fused
-with the products around them, and the activation too (`_forward_few_rows`): a layer is then norm
-and qkv, rotation, attention, output, norm and gate_up, down. The forward makes no host decision
+with the products around them, and the activation too (`_forward_few_rows`, and for a batch of a
+small model `_forward_weighed`): a layer is then norm, qkv and rotation, attention, output, norm and
+gate_up, down. The forward makes no host decision
 from device data, so it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.errors import CheckpointError
-from engine.kernels import dispatch, few_row_tiles
+from engine.kernels import dispatch, few_row_tiles, fused_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
 from engine.layers.embedding import Embedding
@@ -32,6 +33,9 @@ from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
 from engine.models.quantised_loading import QuantisedSource, load_quantised
+
+if TYPE_CHECKING:
+    from engine.kernels.persistent_step import PersistentStep
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
@@ -159,6 +163,26 @@ class DecoderLayer:
         )
         return self.mlp.fused(hidden, squares, self.mlp_norm)
 
+    def weighed(
+        self,
+        x: torch.Tensor,
+        squares: torch.Tensor,
+        hidden: torch.Tensor,
+        next_norm: RMSNorm,
+        cos_sin: torch.Tensor | None,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole layer on `hidden`, in place; x is hidden times the weight of its first norm.
+
+        Returns:
+            (hidden times the weight of `next_norm`, parts of its rows' sums of squares), new.
+        """
+        x, squares = self.attention.weighed(
+            x, squares, hidden, self.attention_norm, self.mlp_norm, cos_sin, *kv_cache, metadata
+        )
+        return self.mlp.weighed(x, squares, hidden, self.mlp_norm, next_norm)
+
     def _before_residual(self, y: torch.Tensor, post_norm: RMSNorm | None) -> torch.Tensor:
         if post_norm is not None:
             y = post_norm(y)
@@ -231,9 +255,14 @@ class Decoder:
             for rope in set(config.ropes)
             if rope is not None
         }
-        self._max_fused_tokens = 0
+        self._max_fused_tokens = self._max_weighed_tokens = 0
         if device.type == "cuda" and not batch_invariant and can_fuse(config, dtype):
             self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
+            if dtype == torch.bfloat16:  # rows times a norm's weight may be too large for float16
+                self._max_weighed_tokens = fused_tiles.most_rows_of_whole_layer(
+                    config.hidden_size, device
+                )
+        self._persistent: tuple[tuple[int, ...], PersistentStep | None] | None = None
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
         self._layer_plan = [
             (layer, next_norm, None if rope is None else self.cos_sin[rope])
@@ -307,13 +336,35 @@ class Decoder:
         dispatch.begin_step(metadata)
         self.step_rows.num_decodes = metadata.num_decodes
         if self._max_fused_tokens >= input_ids.shape[0]:
+            step = self._persistent_step(kv_caches, metadata)
+            if step is not None:
+                return self.norm(step(input_ids, metadata))
             return self._forward_few_rows(input_ids, kv_caches, metadata)
+        if self._max_weighed_tokens >= input_ids.shape[0]:
+            return self._forward_weighed(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
         x = self.layers[0].attention_norm(hidden)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             y = layer(x, hidden, cos_sin, kv_cache, metadata)
             x, hidden = next_norm.add(y, hidden)
         return x
+
+    def _persistent_step(
+        self, kv_caches: Sequence[KVCache], metadata: AttentionMetadata
+    ) -> PersistentStep | None:
+        """What runs all layers of this step in one launch; None where nothing does.
+
+        Made when the first step of its kind is met, which is never under capture.
+        """
+        # Imports triton: on GPUs only.
+        from engine.models import persistent
+
+        if not persistent.is_alone(metadata):
+            return None
+        addresses = tuple(cache.data_ptr() for pair in kv_caches for cache in pair)
+        if self._persistent is None or self._persistent[0] != addresses:
+            self._persistent = (addresses, persistent.persistent_step(self, kv_caches))
+        return self._persistent[1]
 
     def _forward_few_rows(
         self,
@@ -325,6 +376,18 @@ class Decoder:
         hidden, squares = self.embedding.with_squares(input_ids)
         for (layer, _, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             squares = layer.fused(hidden, squares, cos_sin, kv_cache, metadata)
+        return self.norm(hidden)
+
+    def _forward_weighed(
+        self,
+        input_ids: torch.Tensor,
+        kv_caches: Sequence[KVCache],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`forward` with norms, rotation, activations and residual sums in the products' ends."""
+        hidden, x, squares = self.embedding.weighed(input_ids, self.layers[0].attention_norm)
+        for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
+            x, squares = layer.weighed(x, squares, hidden, next_norm, cos_sin, kv_cache, metadata)
         return self.norm(hidden)
 
     @torch.inference_mode()
