@@ -309,7 +309,7 @@ class Engine(PoolingFace):
         handles: list[RequestHandle] = []
         requests: list[Request] = []
         num_tokens = 0
-        piece_tokens = self._host.resolved_config.max_num_batched_tokens
+        piece_tokens = self._host.facts.max_num_batched_tokens
         all_params = params_per_prompt(params, len(prompts))
         encoded = self._factory.encode_together(prompts, parse_special)
         try:

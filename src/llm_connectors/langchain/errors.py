@@ -11,6 +11,7 @@ middleware reads `is_retryable`::
     ModelNotFoundError                  ModelNotFoundError              no
     UnsupportedModelError, CheckpointError  ModelNotFoundError          no
     RequestTimeoutError                 ModelTimeoutError               yes
+    RequestAbortedError                 ModelError                      no
     StepError                           ModelAPIError                   yes
     CapacityError                       ModelAPIError                   no
     EngineDeadError, EngineClosedError  ModelAPIError                   no
@@ -72,6 +73,10 @@ class RequestTimeoutError(engine.RequestTimeoutError, core.ModelTimeoutError):
     """`timeout` passed before the answer was finished; the request was aborted."""
 
 
+class RequestAbortedError(engine.RequestAbortedError, core.ModelError):
+    """A list of texts to embed or score was aborted by its caller."""
+
+
 class StepError(engine.StepError, core.ModelAPIError):
     """The engine step this request ran in failed; the engine goes on."""
 
@@ -100,6 +105,7 @@ LANGCHAIN_ERRORS = ErrorMap(
         engine.ConstraintError: ConstraintError,
         engine.CapacityError: CapacityError,
         engine.RequestTimeoutError: RequestTimeoutError,
+        engine.RequestAbortedError: RequestAbortedError,
         engine.StepError: StepError,
         engine.EngineDeadError: EngineDeadError,
         engine.EngineClosedError: EngineClosedError,

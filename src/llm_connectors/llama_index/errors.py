@@ -71,6 +71,7 @@ _SAME: tuple[type[EngineError], ...] = (
     engine.CheckpointError,
     engine.CapacityError,
     engine.RequestTimeoutError,
+    engine.RequestAbortedError,
     engine.StepError,
     engine.EngineDeadError,
     engine.EngineClosedError,

@@ -238,6 +238,7 @@ CORE = {
     "ConstraintError": core.ModelInvalidRequestError,
     "CapacityError": core.ModelAPIError,
     "RequestTimeoutError": core.ModelTimeoutError,
+    "RequestAbortedError": core.ModelError,
     "StepError": core.ModelAPIError,
     "EngineDeadError": core.ModelAPIError,
     "EngineClosedError": core.ModelAPIError,
