@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,14 @@ def outcome(name: str, made: Subject) -> str:
         return "skipped"
     except BaseException:
         return "failed"
-    finally:
-        gc.collect()  # what a faulty class leaves behind must not disturb the next test
     return "passed"
+
+
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """What a faulty class drops is collected before the next test, which it would disturb."""
+    yield
+    gc.collect()
 
 
 MOCK_SKIPS = {"08_prompt_tokens", "12_gathered", "15_giving_up", "26_embeddings", "28_close"}
@@ -113,6 +118,7 @@ MOCK_FAILS = {
 }
 
 
+@pytest.mark.usefixtures("leaves_nothing")
 def test_the_mock_fails_what_it_cannot_do() -> None:
     results = {name: outcome(name, Subject(subjects.mock())) for name in CHECKS}
     print(results)
@@ -236,6 +242,7 @@ def test_every_check_is_seen_red() -> None:
     assert {*MOCK_FAILS, *FAULTS, "26_embeddings"} == set(CHECKS)
 
 
+@pytest.mark.usefixtures("leaves_nothing")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_class_fails(name: str) -> None:
     faulty: Callable[..., LocalLLM] = FAULTS[name]
