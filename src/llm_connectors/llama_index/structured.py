@@ -23,7 +23,6 @@ from pydantic_core import from_json
 from llm_connectors._schema import schema_text
 from llm_connectors.llama_index.errors import ERRORS, RequestError, StructuredOutputError
 from llm_connectors.llama_index.tool_calling import ToolCalling
-from llm_connectors.llama_index.tools import closed_schema
 
 dispatcher = get_dispatcher(__name__)
 Model = TypeVar("Model", bound=BaseModel)
@@ -303,8 +302,7 @@ def _json_text(response: Any) -> str:
 
 def _schema(output_cls: type[BaseModel]) -> dict[str, Any]:
     try:
-        schema: dict[str, Any] = closed_schema(output_cls.model_json_schema())
-        return schema
+        return output_cls.model_json_schema()
     except Exception as error:
         msg = f"{output_cls.__name__} has no JSON schema: {error}"
         raise RequestError(msg) from error

@@ -35,9 +35,6 @@ class _Converted:
             return entry[2]
         try:
             converted = metadata.to_openai_tool(skip_length_check=True)
-            function = converted["function"]
-            if not _takes_any_arguments(metadata):
-                function["parameters"] = closed_schema(function["parameters"])
         except Exception as error:
             msg = f"The tool {metadata.name!r} cannot be described: {error}"
             raise RequestError(msg) from error
@@ -49,26 +46,6 @@ class _Converted:
 
 
 _converted = _Converted()
-
-
-def closed_schema(schema: Any) -> Any:
-    """A copy of a JSON schema whose objects have no properties but the described ones.
-
-    Pydantic's schemas allow others where the class ignores them; a model would go on inventing.
-    """
-    if isinstance(schema, list):
-        return [closed_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: closed_schema(value) for key, value in schema.items()}
-    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed
-
-
-def _takes_any_arguments(metadata: ToolMetadata) -> bool:
-    config = getattr(metadata.fn_schema, "model_config", {})
-    return bool(config.get("extra") == "allow")
 
 
 def openai_tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -163,6 +163,24 @@ def test_two_classes_share_one_template_at_once(llm: LocalLLM) -> None:
     fake.close()
 
 
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    inner: Street
+
+
+@pytest.mark.parametrize("mode", ["schema", "tool"])
+def test_the_model_cannot_invent_properties(mode: Any) -> None:
+    fake = FakeEngine(answer=lambda _prompt, _params: '{"name": "A", "inner": {"name": "B"}}')
+    llm = LocalLLM(engine=fake, structured_mode=mode)
+    llm.structured_predict(Street, PROMPT, thing="it")
+    assert fake.requests[-1].params.json_schema.count('"additionalProperties": false') == 1
+    llm.structured_predict(Open, PROMPT, thing="it")
+    schema = fake.requests[-1].params.json_schema
+    assert schema.count('"additionalProperties": false') == 1
+    assert schema.count('"additionalProperties": true') == 1
+    fake.close()
+
+
 def test_as_structured_llm(llm: LocalLLM) -> None:
     structured = llm.as_structured_llm(Person)
     messages = [ChatMessage("Be brief {really}.", role=MessageRole.SYSTEM), ChatMessage("Who?")]
