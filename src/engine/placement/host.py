@@ -37,7 +37,6 @@ class HostFacts:
         limits: What one request may take.
         device: Where it runs, as torch spells it.
         dtype: Of weights, activations and KV cache, as torch spells it.
-        max_num_batched_tokens: Token budget of a step.
         start_s: Seconds it took to get ready.
         pooling: Of a model that embeds or scores; None for one that generates.
     """
@@ -46,7 +45,6 @@ class HostFacts:
     limits: CapacityLimits
     device: str
     dtype: str
-    max_num_batched_tokens: int
     start_s: float
     pooling: PoolingFacts | None = None
 

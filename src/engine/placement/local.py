@@ -162,7 +162,6 @@ class LocalHost(LoopHost):
             ),
             device=str(resolved.device),
             dtype=str(resolved.dtype),
-            max_num_batched_tokens=resolved.max_num_batched_tokens,
             start_s=time.monotonic() - started_s,
         )
         super().__init__(

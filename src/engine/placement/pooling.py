@@ -52,7 +52,6 @@ class PoolingHost(LoopHost):
             limits=CapacityLimits(max_tokens, 1, max_tokens),
             device=str(parts.resolved.device),
             dtype=str(parts.resolved.dtype),
-            max_num_batched_tokens=parts.resolved.max_num_batched_tokens,
             start_s=time.monotonic() - started_s,
             pooling=parts.facts,
         )
