@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from engine.layers.mlp import GatedMLP
 from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear, StepRows
 from engine.layers.quantised_weights import (
     EightBitWeight,
@@ -119,8 +120,9 @@ def _linears(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
         stem = f"layers.{index}."
         yield layer.attention, "qkv_proj", f"{stem}self_attn."
         yield layer.attention, "o_proj", f"{stem}self_attn."
-        yield layer.mlp, "gate_up_proj", f"{stem}mlp."
-        yield layer.mlp, "down_proj", f"{stem}mlp."
+        if isinstance(layer.mlp, GatedMLP):
+            yield layer.mlp, "gate_up_proj", f"{stem}mlp."
+            yield layer.mlp, "down_proj", f"{stem}mlp."
 
 
 def _load_ends(
