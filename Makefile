@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Quiet OpenMP threads do not spin: tests share the cores with whatever else runs here.
 TEST_ENV := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo fmt lint type test test-slow test-gpu soak bench bench-docs docs check clean
+.PHONY: help setup demo fmt lint type test test-slow test-gpu soak sanitize bench bench-docs docs check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ soak: setup ## Ten minutes of random load on the demo model
 
 test-gpu: setup ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: setup ## A minute of random load on a GPU under compute-sanitizer
+	SOAK_SECONDS=60 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -s -m gpu tests/e2e/test_gpu_soak.py
 
 bench: setup ## All measurements this machine can make (ARGS="--only table --resume"); rows go to bench-results/
 	$(BIN)/python benchmarks/run.py $(ARGS)

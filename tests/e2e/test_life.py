@@ -21,6 +21,7 @@ from engine import (
     EngineClosedError,
     EngineDeadError,
     EngineStats,
+    RequestError,
     RequestHandle,
     RequestTimeoutError,
     SamplingParams,
@@ -538,3 +539,36 @@ def test_interpreter_exit_with_requests_in_flight(
     assert "Fatal" not in errors
     assert "EngineClosedError" not in errors
     assert ("Traceback" in errors) == (code == 1)
+
+
+def test_long_lists_start_before_all_of_them_are_checked(
+    either: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = either.resolved_config.max_num_batched_tokens
+    prompts = [[5 + index % 40] * 40 for index in range(3 * budget // 40 + 3)]
+    hand_over, sizes = either._hand_over, []
+
+    def noting(requests: list[Any]) -> list[Any]:
+        sizes.append(sum(request.num_prompt_tokens for request in requests))
+        return hand_over(requests)
+
+    monkeypatch.setattr(either, "_hand_over", noting)
+    outputs = either.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2))
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert all(budget <= size < budget + 40 for size in sizes[:-1])
+    assert len(sizes) >= 3
+
+
+def test_a_bad_prompt_ends_those_that_were_started_before_it(
+    either: Engine, before: EngineStats
+) -> None:
+    budget = either.resolved_config.max_num_batched_tokens
+    prompts = [[5] * 40] * (2 * budget // 40 + 2) + [[-1]]
+    with pytest.raises(RequestError, match="no token id"):
+        either.submit_many(prompts, LONG)
+    assert eventually(lambda: no_blocks_held(either))
+    after = either.stats()
+    assert after.requests_aborted - before.requests_aborted >= budget // 40
+    assert after.requests_finished - before.requests_finished == (
+        after.requests_aborted - before.requests_aborted
+    )

@@ -86,7 +86,7 @@ def begin(slots: StepSlots, num_seqs: int, num_tokens: int, *, is_pure_decode: b
     from engine.kernels.captured_step import begin_captured_step
 
     device = slots.state.launch_count.device
-    inputs = CapturedInputs.empty(num_seqs, num_tokens, MAX_GROUPS, device)
+    inputs = CapturedInputs.zeros(num_seqs, num_tokens, MAX_GROUPS, device)
     for owner in (inputs, inputs.shared_prefixes):
         for name in owner.__slots__:
             if isinstance(value := getattr(owner, name), torch.Tensor):

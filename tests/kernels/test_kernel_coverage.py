@@ -80,3 +80,16 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
         row.run(0)
         if row.baseline:
             row.baseline(0)
+
+
+def test_every_kernel_that_is_launched_can_be_compiled_ahead() -> None:
+    compile_ahead = pytest.importorskip("engine.kernels.compile_ahead")
+    launched = [
+        (path.stem, name)
+        for path in sorted((ROOT / "src/engine/kernels").glob("*.py"))
+        for name in re.findall(r"^ +(\w+)\[.*\]\($", path.read_text(), re.MULTILINE)
+    ]
+    assert len(launched) > 15
+    for module, name in launched:
+        kernel = getattr(importlib.import_module(f"engine.kernels.{module}"), name)
+        assert isinstance(kernel, compile_ahead.Launchable), f"{module}.{name}"

@@ -64,6 +64,7 @@ FLOATS += ("swiglu_limit", "swiglu_alpha", "scale")
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
     """What Triton makes of a bf16 attention kernel."""
+    kernel = kernel.jit
     names = kernel.arg_names
     signature = {}
     for name in names:

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from engine.errors import ConfigError
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.reference import ACTIVATIONS, unknown_activation_message
 
 _BLOCK = 1024
@@ -46,6 +47,7 @@ def activate(gate, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
     return (active.to(dtype).to(tl.float32) * up).to(dtype)
 
 
+@launchable
 @triton.jit
 def _act_mul_kernel(
     gate_up_ptr,

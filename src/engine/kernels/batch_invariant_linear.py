@@ -34,7 +34,10 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 
+
+@launchable
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr,

@@ -119,13 +119,13 @@ class CapturedInputs:
     shared_prefixes: SharedPrefixes
 
     @classmethod
-    def empty(
+    def zeros(
         cls, num_seqs: int, num_tokens: int, max_groups: int, device: torch.device
     ) -> CapturedInputs:
-        """Unwritten tensors for B = `num_seqs` and T = `num_tokens`."""
+        """Tensors for B = `num_seqs` and T = `num_tokens`, as no step has written them yet."""
 
         def make(size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(size, dtype=dtype, device=device)
+            return torch.zeros(size, dtype=dtype, device=device)
 
         return cls(
             input_ids=make(num_tokens, torch.int64),

@@ -54,6 +54,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.captured_inputs import CapturedInputs, CapturedStepState
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 
 _LANES = 512
@@ -67,6 +68,7 @@ def _kv_slot(table_ptr, row, position, max_blocks, mask, BLOCK_SIZE: tl.constexp
     return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
 
 
+@launchable
 @triton.jit(
     do_not_specialize=[
         "num_slots",
@@ -197,6 +199,7 @@ def _begin_kernel(
     tl.store(query_start_ptr + num_places, total)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_slots", "slot_words", "ids_at", "max_blocks", "num_places"])
 def _tokens_kernel(
     params_ptr,
@@ -250,6 +253,7 @@ def _tokens_kernel(
     tl.store(slots_ptr + tokens, tl.where(is_token, slot, -1), mask=is_place)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_slots", "max_seqs", "num_places"])
 def _finish_kernel(
     token_ids_ptr,

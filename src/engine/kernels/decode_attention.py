@@ -66,6 +66,7 @@ from engine.kernels.attention_tiles import (
     score_factors,
     softmax_step,
 )
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.decode_merge import merge_kernel, merge_splits
 from engine.kernels.decode_plan import HEADER, ITEM, SplitLayout, plan_decode
 from engine.kernels.metadata import AttentionMetadata
@@ -190,6 +191,7 @@ def _await_threads():
     )
 
 
+@launchable
 @triton.jit
 def _split_kernel(
     q_ptr,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.attention_tiles import follow_kernel_before
+from engine.kernels.compile_ahead import launchable
 
 
 @triton.jit
@@ -96,6 +97,7 @@ def merge_splits(
     tl.store(out_ptrs, mixed.to(out_row_ptr.dtype.element_ty), mask=mask)
 
 
+@launchable
 @triton.jit
 def merge_kernel(
     places_ptr,

@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.attention_tiles import KEY_ALIGNMENT
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.metadata import AttentionMetadata
 
 HEADER = 8
@@ -130,6 +131,7 @@ def _plan_group(
     return num_items
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_seqs"])
 def _plan_kernel(
     seq_lens_ptr,

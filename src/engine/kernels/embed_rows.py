@@ -24,7 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 
+
+@launchable
 @triton.jit
 def _embed_kernel(
     input_ids_ptr,

@@ -51,11 +51,13 @@ import triton.language as tl
 
 from engine.errors import ConfigError
 from engine.kernels.act_mul import activate
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.few_row_product import await_input, products, row_scales, row_sums
 from engine.kernels.few_row_tiles import FewRowTiles, tiles_for
 from engine.kernels.reference import ACTIVATIONS, unknown_activation_message
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_row_kernel(
     x_ptr,

@@ -36,11 +36,13 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.few_row_product import await_input, products, row_scales, row_sums
 from engine.kernels.few_row_tiles import tiles_for
 from engine.kernels.metadata import AttentionMetadata
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_rows"])
 def _normed_qkv_kernel(
     x_ptr,

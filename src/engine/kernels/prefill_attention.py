@@ -62,6 +62,7 @@ from engine.kernels.attention_tiles import (
     num_multiprocessors,
     score_factors,
 )
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_plan import HEADER, ITEM, prefill_plan
 
@@ -281,6 +282,7 @@ def _prefill_item(
     tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launchable
 @triton.jit
 def _prefill_kernel(
     q_ptr,

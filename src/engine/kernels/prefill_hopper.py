@@ -50,6 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.attention_tiles import LOG2_E, num_multiprocessors
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_plan import prefill_plan
 from engine.kernels.prefill_roles import attend, load
@@ -122,6 +123,7 @@ def can_attend(
     )
 
 
+@launchable
 @gluon.jit
 def _prefill_hopper_kernel(
     q_ptr,

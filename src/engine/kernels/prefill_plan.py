@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.metadata import AttentionMetadata
 
 HEADER = 8
@@ -50,6 +51,7 @@ def _num_costing(least, num_computed, num_queries, BLOCK_Q: tl.constexpr):
     return tl.where(keys > num_queries, 0, num_tiles - num_cheaper)
 
 
+@launchable
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs"])
 def _plan_kernel(
     seq_lens_ptr,

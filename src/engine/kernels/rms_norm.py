@@ -29,6 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
+
 
 @triton.jit
 def apply_norm(wide, scale, weight, weight_offset, dtype: tl.constexpr, HAS_OFFSET: tl.constexpr):
@@ -42,6 +44,7 @@ def apply_norm(wide, scale, weight, weight_offset, dtype: tl.constexpr, HAS_OFFS
     return normed.to(dtype)
 
 
+@launchable
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,

@@ -38,6 +38,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.metadata import AttentionMetadata
 
 _BLOCK_H = 8
@@ -77,6 +78,7 @@ def _load_normed(
     return x
 
 
+@launchable
 @triton.jit
 def _rope_write_kv_kernel(
     qkv_ptr,

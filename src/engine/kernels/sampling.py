@@ -48,6 +48,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels import sampling_reference as layout
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.sampling_filters import (
     check_logits,
     filter_thresholds,
@@ -78,6 +79,7 @@ def _penalized(x, seen, repetition, frequency, presence):
     return x - tl.where(count > 0, presence, 0.0)
 
 
+@launchable
 @triton.jit
 def _adjust_kernel(
     logits_ptr,
@@ -151,6 +153,7 @@ def _keep_better(best_score, best_id, score, token):
     return tl.where(is_better, score, best_score), tl.where(is_better, token, best_id)
 
 
+@launchable
 @triton.jit
 def _draw_kernel(
     logits_ptr,
@@ -221,6 +224,7 @@ def _draw_kernel(
     tl.store(part_ids_ptr + slot, tl.min(tl.where(best_score == score, best_id, _NO_TOKEN)))
 
 
+@launchable
 @triton.jit
 def _merge_kernel(
     part_scores_ptr,

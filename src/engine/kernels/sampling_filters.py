@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels import sampling_reference as layout
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.sampling_reference import SamplingTables
 
 _INV_TEMPERATURE = tl.constexpr(layout.WORD_INV_TEMPERATURE)
@@ -185,6 +186,7 @@ def _search_row(
     return _search_registers(values, weights, target - above, low, high)
 
 
+@launchable
 @triton.jit
 def _threshold_kernel(
     logits_ptr,

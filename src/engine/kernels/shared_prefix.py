@@ -44,6 +44,7 @@ from engine.kernels.attention_tiles import (
     attend_tiles,
     num_multiprocessors,
 )
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.decode_plan import HEADER, ITEM, DecodePlan, PrefixLayout, SplitLayout
 from engine.kernels.metadata import AttentionMetadata
 
@@ -92,6 +93,7 @@ def prefix_tiles(dtype: torch.dtype, head_dim: int) -> PrefixTiles:
     return PrefixTiles(64, 64, 3, 4, 1, split=512)
 
 
+@launchable
 @triton.jit
 def _prefix_kernel(
     q_ptr,

@@ -24,6 +24,7 @@ from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedInputs
 from engine.kernels.captured_step import begin_captured_step, finish_captured_step
+from engine.kernels.compile_ahead import compiling_ahead
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.decoder import Decoder, KVCache
 from engine.runner.buckets import Ladder
@@ -81,7 +82,7 @@ class CapturedSteps:
         self._launcher = launcher
         max_num_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
         self._ladder = Ladder(config.max_num_seqs, max_num_tokens)
-        self._inputs = CapturedInputs.empty(
+        self._inputs = CapturedInputs.zeros(
             config.max_num_seqs, max_num_tokens, slots.state.layout.max_groups, config.device
         )
         self._logits = torch.empty(
@@ -129,6 +130,7 @@ class CapturedSteps:
         Largest first: the shared memory pool is then laid out once and only reused. Steps with
         prefix groups are captured when first met; their kernels are compiled here.
         """
+        self._compile_ahead(variant)
         for num_seqs, num_tokens in reversed(self._ladder.mixed):
             self._forward_graph(_Size(num_seqs, num_tokens, is_pure_decode=False))
             self._sampling_graph(num_seqs, variant)
@@ -138,6 +140,22 @@ class CapturedSteps:
         most = self._ladder.decode[-1]
         self._slots.write_empty()
         self._run_forward(_Size(most, most, is_pure_decode=True, has_prefix_groups=True))
+
+    def _compile_ahead(self, variant: SamplerVariant) -> None:
+        """Compile the kernels of all sizes side by side, before any of them is launched.
+
+        Sizes between these meet the same kernels; a kernel that is forgotten here is compiled
+        when it is launched.
+        """
+        most = self._ladder.decode[-1]
+        with compiling_ahead():
+            for num_seqs, num_tokens in (self._ladder.mixed[0], self._ladder.mixed[-1]):
+                for has_groups in (False, True):
+                    self._run_forward(_Size(num_seqs, num_tokens, False, has_groups))
+            for num_seqs in self._ladder.decode:
+                self._run_forward(_Size(num_seqs, num_seqs, is_pure_decode=True))
+                self._run_sampling(num_seqs, variant)
+            self._run_forward(_Size(most, most, is_pure_decode=True, has_prefix_groups=True))
 
     # ---------------------------------------------------------------- captures
 

@@ -103,11 +103,15 @@ def num_kv_blocks(
 
 def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callable[[], Any]) -> int:
     """Share of the GPU minus what is in use by anybody and what the largest step adds to it."""
+    from engine.kernels.compile_ahead import compiling_ahead
+
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    profile_step()
+    # What counts are allocations: kernels are compiled meanwhile, and not launched.
+    with compiling_ahead():
+        profile_step()
     torch.cuda.synchronize(device)
     activation_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

@@ -1,0 +1,91 @@
+"""Kernels are compiled side by side and without a launch, and once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+import triton
+import triton.language as tl
+
+from engine.kernels.compile_ahead import Launchable, compiling_ahead, launchable
+
+
+class FakeKernel:
+    """Notes how it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args: self.calls.append(("launched", grid, args))
+
+    def run(self, *args: Any, grid: Any, warmup: bool) -> None:
+        assert warmup
+        self.calls.append(("compiled", grid, args))
+
+
+def test_a_launch_is_a_launch_outside_and_none_inside() -> None:
+    fake = FakeKernel()
+    kernel = Launchable(fake)
+    kernel[(1,)](3)
+    with compiling_ahead():
+        kernel[(2,)](4)
+    kernel[(3,)](5)
+    assert fake.calls == [
+        ("launched", (1,), (3,)),
+        ("compiled", (2,), (4,)),
+        ("launched", (3,), (5,)),
+    ]
+
+
+def test_other_threads_go_on_launching() -> None:
+    fake = FakeKernel()
+    with compiling_ahead():
+        other = threading.Thread(target=lambda: Launchable(fake)[(1,)]())
+        other.start()
+        other.join()
+    assert [call[0] for call in fake.calls] == ["launched"]
+
+
+def test_it_ends_with_an_error_inside() -> None:
+    fake = FakeKernel()
+    with pytest.raises(ZeroDivisionError), compiling_ahead():
+        raise ZeroDivisionError
+    Launchable(fake)[(1,)]()
+    assert [call[0] for call in fake.calls] == ["launched"]
+
+
+@launchable
+@triton.jit
+def _add_kernel(x_ptr, AMOUNT: tl.constexpr):
+    index = tl.program_id(0)
+    tl.store(x_ptr + index, tl.load(x_ptr + index) + AMOUNT)
+
+
+@launchable
+@triton.jit
+def _broken_kernel(x_ptr, AMOUNT: tl.constexpr):
+    tl.static_assert(AMOUNT == 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_are_there_afterwards_and_did_not_run() -> None:
+    x = torch.zeros(4, dtype=torch.int32, device="cuda")
+    with compiling_ahead():
+        for amount in (1, 2, 3, 1):
+            _add_kernel[(4,)](x, AMOUNT=amount)
+        _broken_kernel[(4,)](x, AMOUNT=1)
+    assert x.tolist() == [0] * 4
+    cache = _add_kernel.jit.device_caches[0][0]
+    assert len(cache) == 3
+    _add_kernel[(4,)](x, AMOUNT=2)
+    assert len(cache) == 3
+    assert x.tolist() == [2] * 4
+    with pytest.raises(triton.CompilationError):
+        _broken_kernel[(4,)](x, AMOUNT=1)
