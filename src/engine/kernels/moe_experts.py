@@ -45,6 +45,7 @@ import triton.language as tl
 
 from engine.errors import ConfigError
 from engine.kernels.act_mul import activate
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.moe_plan import TILE_ENTRY, plan_experts
 from engine.kernels.moe_reference import EXPERT_ACTIVATIONS
 
@@ -81,6 +82,7 @@ def _load_tile(tiles_ptr, TILE_ENTRY: tl.constexpr, BLOCK_M: tl.constexpr):
     return expert, rows, rows < tl.load(tile_ptr + 2)
 
 
+@launchable
 @triton.jit
 def _gate_up_kernel(
     x_ptr,
@@ -150,6 +152,7 @@ def _gate_up_kernel(
         tl.store(active_ptrs, active, mask=is_row[:, None] & is_column[None, :])
 
 
+@launchable
 @triton.jit
 def _down_kernel(
     active_ptr,
@@ -197,6 +200,7 @@ def _down_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
+@launchable
 @triton.jit
 def _sum_kernel(y_ptr, out_ptr, num_columns, NUM_CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)

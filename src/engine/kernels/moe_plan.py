@@ -33,11 +33,14 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
+
 _BLOCK = 4096
 TILE_ENTRY = 3
 """Numbers of a tile in the list."""
 
 
+@launchable
 @triton.jit
 def _count_kernel(experts_ptr, counts_ptr, num_places, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
@@ -49,6 +52,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_places, BLOCK: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(found, axis=0))
 
 
+@launchable
 @triton.jit
 def _place_kernel(
     experts_ptr,

@@ -26,9 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.compile_ahead import launchable
 from engine.kernels.moe_reference import Routing
 
 
+@launchable
 @triton.jit
 def _route_kernel(
     logits_ptr,
