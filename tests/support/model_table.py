@@ -8,12 +8,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import transformers
 from model_zoo import FAMILIES, described
+from other_models import OTHERS
 
 from engine.models.registry import about, supported_architectures
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "MODELS.md"
-_BEGIN, _END = "<!-- native: made by tests/support/model_table.py -->", "<!-- end -->"
+_MARKS = {
+    name: f"<!-- {name}: made by tests/support/model_table.py -->" for name in ("native", "others")
+}
+_END = "<!-- end -->"
 
 
 def native_rows() -> list[str]:
@@ -35,12 +40,24 @@ def native_rows() -> list[str]:
     return rows
 
 
+def other_names() -> list[str]:
+    """Architectures that run in transformers' own code, as a list in prose."""
+    classes = {
+        transformers.AutoModelForCausalLM._model_mapping[getattr(transformers, config)].__name__
+        for config, _ in OTHERS.values()
+    }
+    return [", ".join(f"`{name}`" for name in sorted(classes)) + "."]
+
+
 def document() -> str:
-    """The whole document with a fresh table."""
-    head = "| architecture | models | GPU | compared with transformers as |"
-    table = "\n".join([_BEGIN, head, "|---|---|---|---|", *native_rows(), _END])
-    pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
-    return re.sub(pattern, lambda _: table, DOCUMENT.read_text(), flags=re.DOTALL)
+    """The whole document with fresh tables."""
+    head = ["| architecture | models | GPU | compared with transformers as |", "|---|---|---|---|"]
+    text = DOCUMENT.read_text()
+    for name, lines in (("native", [*head, *native_rows()]), ("others", other_names())):
+        made = "\n".join([_MARKS[name], *lines, _END])
+        pattern = re.escape(_MARKS[name]) + ".*?" + re.escape(_END)
+        text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from typing import Any, cast
 from engine.errors import UnsupportedModelError
 
 
+class NotNativeError(UnsupportedModelError):
+    """The decoder lacks what a config asks for; transformers' own code may have it."""
+
+
 class ConfigReader:
     """Reads keys of one config; a bad value raises with the key's name and the value.
 
@@ -73,6 +77,11 @@ class ConfigReader:
         """`<owner> config: <key>=<value> <problem>.`, to be raised by the caller."""
         name = self._spelling.get(key, key)
         return UnsupportedModelError(f"{self.owner} config: {name}={self.get(key)!r} {problem}.")
+
+    def not_native(self, key: str) -> NotNativeError:
+        """The error for a value that asks for something the decoder does not have."""
+        problem = "is nothing that the engine's own decoder does"
+        return NotNativeError(str(self.error(key, problem)))
 
     def _required(self, key: str) -> Any:
         value = self.get(key)

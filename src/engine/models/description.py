@@ -66,6 +66,7 @@ class DecoderConfig:
         logits_scale: Factor on the logits.
         tie_word_embeddings: Whether the output projection is the embedding.
         lm_head_bias: Whether the output projection has a bias.
+        is_text_part: Whether checkpoints hold other parts, too, which stay unread.
         weight_names: How checkpoints spell the weights, a key of `weight_names.WEIGHT_NAMES`.
     """
 
@@ -106,6 +107,7 @@ class DecoderConfig:
     logits_scale: float = 1.0
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
+    is_text_part: bool = False
     weight_names: str = "llama"
 
     @property

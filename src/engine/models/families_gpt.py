@@ -24,14 +24,14 @@ def gpt2(config: ConfigReader) -> DecoderConfig:
     """GPT-2: learned positions, layer norms, biases everywhere."""
     for key, wanted in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         if config.flag(key, wanted) is not wanted:
-            raise config.error(key, "is not supported")
+            raise config.not_native(key)
     return _gpt2_like(config, num_kv_heads=config.size("n_head"), weight_names="gpt2")
 
 
 def gpt_bigcode(config: ConfigReader) -> DecoderConfig:
     """StarCoder 1 and SantaCoder: GPT-2 whose heads share one key and one value."""
     if config.flag("scale_attn_weights", True) is not True:
-        raise config.error("scale_attn_weights", "is not supported")
+        raise config.not_native("scale_attn_weights")
     is_multi_query = config.flag("multi_query", True)
     return _gpt2_like(
         config,
@@ -77,13 +77,13 @@ def opt(config: ConfigReader) -> DecoderConfig:
     """OPT: learned positions from the third row on, relu."""
     for key, wanted in (("do_layer_norm_before", True), ("_remove_final_layer_norm", False)):
         if config.flag(key, wanted) is not wanted:
-            raise config.error(key, "is not supported")
+            raise config.not_native(key)
     config = config.spelled(intermediate_size="ffn_dim", hidden_act="activation_function")
     hidden_size = config.size("hidden_size")
     if config.size("word_embed_proj_dim", hidden_size) != hidden_size:
         raise config.error("word_embed_proj_dim", f"must be hidden_size={hidden_size}")
     if config.flag("layer_norm_elementwise_affine", True) is not True:
-        raise config.error("layer_norm_elementwise_affine", "is not supported")
+        raise config.not_native("layer_norm_elementwise_affine")
     bias = config.flag("enable_bias", True)
     return _gpt_like(
         config,
@@ -145,7 +145,7 @@ def gpt_neox(config: ConfigReader) -> DecoderConfig:
 def falcon(config: ConfigReader) -> DecoderConfig:
     """Falcon 7B to 180B: grouped or single keys, both halves side by side, few biases."""
     if config.flag("alibi", False):
-        raise config.error("alibi", "is not supported natively")
+        raise config.not_native("alibi")
     is_new = config.flag("new_decoder_architecture", False)
     config = config.spelled(
         num_key_value_heads="num_kv_heads",
@@ -182,7 +182,7 @@ def falcon(config: ConfigReader) -> DecoderConfig:
 def phi(config: ConfigReader) -> DecoderConfig:
     """Phi 1 and 2: both halves read one norm, half of each head turns, biases everywhere."""
     if config.flag("qk_layernorm", False):
-        raise config.error("qk_layernorm", "is not supported natively")
+        raise config.not_native("qk_layernorm")
     return _gpt_like(
         config.spelled(rms_norm_eps="layer_norm_eps"),
         default_activation="gelu_new",
@@ -214,7 +214,7 @@ def starcoder2(config: ConfigReader) -> DecoderConfig:
 def stablelm(config: ConfigReader) -> DecoderConfig:
     """StableLM 2 and 3B: Llama with layer norms, of which a quarter of each head turns."""
     if config.flag("qk_layernorm", False):
-        raise config.error("qk_layernorm", "is not supported natively")
+        raise config.not_native("qk_layernorm")
     is_parallel = config.flag("use_parallel_residual", False)
     return _gpt_like(
         config.spelled(rms_norm_eps="layer_norm_eps"),
@@ -229,7 +229,7 @@ def stablelm(config: ConfigReader) -> DecoderConfig:
 def cohere(config: ConfigReader) -> DecoderConfig:
     """Command R: both halves read one norm, which has no bias; neighbouring entries turn."""
     if config.flag("use_qk_norm", False):
-        raise config.error("use_qk_norm", "is not supported natively")
+        raise config.not_native("use_qk_norm")
     return _cohere_like(config, default_theta=5e5)
 
 

@@ -100,7 +100,7 @@ def qwen3_moe(config: ConfigReader) -> DecoderConfig:
 def olmoe(config: ConfigReader) -> DecoderConfig:
     """OLMoE: Llama with experts, and norms over all heads of q and of k."""
     if config.get("clip_qkv") is not None:
-        raise config.error("clip_qkv", "is not supported natively")
+        raise config.not_native("clip_qkv")
     num_layers = config.size("num_hidden_layers")
     experts = _experts(
         config,

@@ -75,6 +75,11 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     raise UnsupportedModelError(msg)
 
 
+def is_native(hf_config: Mapping[str, Any]) -> bool:
+    """Whether `decoder_config` knows an architecture that the config names."""
+    return any(name in _BUILDERS for name in hf_config.get("architectures") or ())
+
+
 def supported_architectures() -> tuple[str, ...]:
     """Names that `decoder_config` accepts."""
     return tuple(_BUILDERS)

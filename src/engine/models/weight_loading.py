@@ -9,6 +9,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.models.description import DecoderConfig
+from engine.models.text_part import TextPart
 from engine.models.weight_names import TAKES, WEIGHT_NAMES, Stored, Take
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class FamilyCheckpoint:
     """
 
     def __init__(self, source: WeightSource, config: DecoderConfig) -> None:
+        if config.is_text_part:
+            source = TextPart(source)
         self._source = source
         self._config = config
         self._names = WEIGHT_NAMES[config.weight_names]
