@@ -21,7 +21,7 @@ from engine.model_text import ModelText, load_model_text
 from engine.models.any_model import AnyModel, describe_model, make_model, weight_bytes
 from engine.models.decoder import Decoder
 from engine.models.quantised_loading import can_run_quantised
-from engine.runner.memory import check_weights_fit, num_kv_blocks, profile_step
+from engine.runner.memory import check_weights_fit, num_kv_blocks, run_largest_step
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
 
@@ -296,7 +296,7 @@ def _resolve_sizes(
         block_bytes=kv_bytes_per_token(model) * block_size,
         tokens_wanted=longest * config.max_num_seqs,
         block_size=block_size,
-        profile_step=lambda: profile_step(
+        run_step=lambda: run_largest_step(
             model, step_tokens, min(config.max_num_seqs, step_tokens), block_size
         ),
     )

@@ -286,8 +286,8 @@ class Engine:
         """Start several requests at once.
 
         A step's worth of prompts is handed over as soon as it is checked, so that the device does
-        not wait for the rest; fewer prompts are all seen by the same step. All or none: if one
-        prompt is bad, none is answered.
+        not wait for the rest, then twice as many, and so on; fewer prompts are all seen by the
+        same step. All or none: if one prompt is bad, none is answered.
 
         Raises:
             RequestError: As `submit`, naming the prompt's place in the list.
@@ -295,7 +295,7 @@ class Engine:
         handles: list[RequestHandle] = []
         requests: list[Request] = []
         num_tokens = 0
-        step_tokens = self._host.resolved_config.max_num_batched_tokens
+        piece_tokens = self._host.resolved_config.max_num_batched_tokens
         all_params = params_per_prompt(params, len(prompts))
         encoded = self._factory.encode_together(prompts, parse_special)
         try:
@@ -315,9 +315,11 @@ class Engine:
                     raise
                 requests.append(request)
                 num_tokens += request.num_prompt_tokens
-                if num_tokens >= step_tokens:
+                if num_tokens >= piece_tokens:
                     handles += self._hand_over(requests)
                     requests, num_tokens = [], 0
+                    # Requests that share a prefix do best when they start together.
+                    piece_tokens *= 2
                     # Without a pause the engine thread waits up to 5 ms for the interpreter.
                     time.sleep(_HAND_OVER_PAUSE_S)
             handles += self._hand_over(requests)

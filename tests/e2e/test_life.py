@@ -545,7 +545,7 @@ def test_long_lists_start_before_all_of_them_are_checked(
     either: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = either.resolved_config.max_num_batched_tokens
-    prompts = [[5 + index % 40] * 40 for index in range(3 * budget // 40 + 3)]
+    prompts = [[5 + index % 40] * 40 for index in range(3 * budget // 40 + 2)]
     hand_over, sizes = either._hand_over, []
 
     def noting(requests: list[Any]) -> list[Any]:
@@ -555,8 +555,10 @@ def test_long_lists_start_before_all_of_them_are_checked(
     monkeypatch.setattr(either, "_hand_over", noting)
     outputs = either.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2))
     assert [output.prompt_token_ids for output in outputs] == prompts
-    assert all(budget <= size < budget + 40 for size in sizes[:-1])
-    assert len(sizes) >= 3
+    assert len(sizes) == 3
+    assert all(
+        0 <= size - wanted < 40 for size, wanted in zip(sizes, (budget, 2 * budget, 0), strict=True)
+    )
 
 
 def test_a_bad_prompt_ends_those_that_were_started_before_it(

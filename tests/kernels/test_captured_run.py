@@ -27,6 +27,7 @@ from engine.runner.sampler import Sampler
 from engine.runner.step_slots import NUM_SLOTS, StepSlots, StepTicket
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
+from engine.kernels.compile_ahead import without_launches
 from engine.runner.captured_steps import CapturedSteps
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,8 +60,11 @@ class HistoryModel:
         self.block_size = block_size
         self.num_empty = 0
         self.num_shared = 0
+        self.is_dry = False
 
     def forward(self, input_ids: torch.Tensor, kv_caches: Any, metadata: Any) -> torch.Tensor:
+        if self.is_dry:
+            return torch.zeros((len(input_ids), 1), dtype=torch.int64)
         slots = metadata.slot_mapping
         is_token = slots >= 0
         self.kv[slots[is_token]] = input_ids[is_token]
@@ -138,6 +142,11 @@ class CapturedDevice:
         self.captured = CapturedSteps(
             model, self.sampler, [], config, self.slots, ImmediateLauncher()
         )
+        with without_launches():
+            # As the start of an engine does; nothing of it may be left.
+            self.model.is_dry = True
+            self.captured.launch_each_kernel(self.sampler.greedy_variant)
+            self.model.is_dry = False
         self._queue: deque[tuple[ScheduledBatch, StepTicket]] = deque()
         self.num_launches = 0
 

@@ -12,7 +12,12 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import triton
 import triton.language as tl
 
-from engine.kernels.compile_ahead import Launchable, compiling_ahead, launchable
+from engine.kernels.compile_ahead import (
+    Launchable,
+    compiling_ahead,
+    launchable,
+    without_launches,
+)
 
 
 class FakeKernel:
@@ -35,12 +40,26 @@ def test_a_launch_is_a_launch_outside_and_none_inside() -> None:
     kernel[(1,)](3)
     with compiling_ahead():
         kernel[(2,)](4)
-    kernel[(3,)](5)
+    with without_launches():
+        kernel[(3,)](4)
+    kernel[(4,)](5)
     assert fake.calls == [
         ("launched", (1,), (3,)),
         ("compiled", (2,), (4,)),
-        ("launched", (3,), (5,)),
+        ("launched", (4,), (5,)),
     ]
+
+
+def test_the_same_launch_is_handed_over_once() -> None:
+    fake = FakeKernel()
+    kernel = Launchable(fake)
+    x, y = torch.zeros(8), torch.zeros(8)
+    with compiling_ahead():
+        for tensor in (x, y, x.half(), x[1:]):
+            for number in (1, 16):
+                kernel[(1,)](tensor, number)
+                kernel[(2,)](tensor, number)
+    assert len(fake.calls) == 6
 
 
 def test_other_threads_go_on_launching() -> None:

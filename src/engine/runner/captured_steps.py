@@ -14,6 +14,7 @@ new sampler variant captures a handful of kernels and not the model again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +25,8 @@ from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedInputs
 from engine.kernels.captured_step import begin_captured_step, finish_captured_step
-from engine.kernels.compile_ahead import compiling_ahead
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.sampling_reference import FILTERED, GREEDY, RANDOM
 from engine.models.decoder import Decoder, KVCache
 from engine.runner.buckets import Ladder
 from engine.runner.graph_launcher import CapturedGraph
@@ -124,38 +125,34 @@ class CapturedSteps:
         """
         return self._token_ids[:num_seqs], self._logits[:num_seqs]
 
+    def launch_each_kernel(self, variant: SamplerVariant) -> None:
+        """Launch what steps launch, at least once each, whatever the kind of draw.
+
+        For `compiling_ahead`. Sizes between these meet the same kernels; one that is forgotten
+        here is compiled when it is launched.
+        """
+        draws = [dataclasses.replace(variant, draw=draw) for draw in (GREEDY, RANDOM, FILTERED)]
+        for num_seqs, num_tokens in (self._ladder.mixed[-1], self._ladder.mixed[0]):
+            for has_groups in (False, True):
+                self._run_forward(_Size(num_seqs, num_tokens, False, has_groups))
+        for num_seqs in self._ladder.decode:
+            for has_groups in (False, True):
+                self._run_forward(_Size(num_seqs, num_seqs, True, has_groups))
+            for one in draws:
+                self._run_sampling(num_seqs, one)
+
     def warm_up(self, variant: SamplerVariant) -> None:
         """Capture every size without prefix groups, with the sampling of one variant.
 
         Largest first: the shared memory pool is then laid out once and only reused. Steps with
-        prefix groups are captured when first met; their kernels are compiled here.
+        prefix groups are captured when first met.
         """
-        self._compile_ahead(variant)
         for num_seqs, num_tokens in reversed(self._ladder.mixed):
             self._forward_graph(_Size(num_seqs, num_tokens, is_pure_decode=False))
             self._sampling_graph(num_seqs, variant)
         for num_seqs in reversed(self._ladder.decode):
             self._forward_graph(_Size(num_seqs, num_seqs, is_pure_decode=True))
             self._sampling_graph(num_seqs, variant)
-        most = self._ladder.decode[-1]
-        self._slots.write_empty()
-        self._run_forward(_Size(most, most, is_pure_decode=True, has_prefix_groups=True))
-
-    def _compile_ahead(self, variant: SamplerVariant) -> None:
-        """Compile the kernels of all sizes side by side, before any of them is launched.
-
-        Sizes between these meet the same kernels; a kernel that is forgotten here is compiled
-        when it is launched.
-        """
-        most = self._ladder.decode[-1]
-        with compiling_ahead():
-            for num_seqs, num_tokens in (self._ladder.mixed[0], self._ladder.mixed[-1]):
-                for has_groups in (False, True):
-                    self._run_forward(_Size(num_seqs, num_tokens, False, has_groups))
-            for num_seqs in self._ladder.decode:
-                self._run_forward(_Size(num_seqs, num_seqs, is_pure_decode=True))
-                self._run_sampling(num_seqs, variant)
-            self._run_forward(_Size(most, most, is_pure_decode=True, has_prefix_groups=True))
 
     # ---------------------------------------------------------------- captures
 

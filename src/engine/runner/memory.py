@@ -66,7 +66,7 @@ def num_kv_blocks(
     block_bytes: int,
     tokens_wanted: int,
     block_size: int,
-    profile_step: Callable[[], Any],
+    run_step: Callable[[], Any],
 ) -> int:
     """Blocks the KV cache gets.
 
@@ -76,7 +76,7 @@ def num_kv_blocks(
         block_bytes: Bytes of one block over all layers.
         tokens_wanted: `max_num_seqs` times the longest sequence; a CPU takes no more than that.
         block_size: Tokens per block.
-        profile_step: Runs the largest possible step once, so that its peak can be measured.
+        run_step: Runs the largest possible step once, so that its peak can be measured.
 
     Raises:
         CapacityError: Not even two blocks fit.
@@ -86,7 +86,7 @@ def num_kv_blocks(
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes
     elif device.type == "cuda":
-        budget = _gpu_budget(config, device, profile_step)
+        budget = _gpu_budget(config, device, run_step)
     else:
         budget = min(_CPU_DEFAULT_LIMIT_BYTES, available_host_bytes() // 4)
         # One block is reserved, hence + 1.
@@ -101,17 +101,17 @@ def num_kv_blocks(
     return budget // block_bytes
 
 
-def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callable[[], Any]) -> int:
+def _gpu_budget(config: EngineConfig, device: torch.device, run_step: Callable[[], Any]) -> int:
     """Share of the GPU minus what is in use by anybody and what the largest step adds to it."""
-    from engine.kernels.compile_ahead import compiling_ahead
+    from engine.kernels.compile_ahead import without_launches
 
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    # What counts are allocations: kernels are compiled meanwhile, and not launched.
-    with compiling_ahead():
-        profile_step()
+    # What counts are allocations.
+    with without_launches():
+        run_step()
     torch.cuda.synchronize(device)
     activation_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
@@ -125,8 +125,8 @@ def _gpu_budget(config: EngineConfig, device: torch.device, profile_step: Callab
     return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes
 
 
-def profile_step(model: AnyModel, num_tokens: int, num_seqs: int, block_size: int) -> None:
-    """Run the largest step once on throw-away KV blocks, for its memory peak.
+def run_largest_step(model: AnyModel, num_tokens: int, num_seqs: int, block_size: int) -> None:
+    """Run the largest step once, eagerly, on throw-away KV blocks.
 
     Args:
         model: With weights on its device.

@@ -25,6 +25,7 @@ from engine.models.any_model import AnyModel
 from engine.models.decoder import Decoder
 from engine.runner.free_cores import ThreadChooser
 from engine.runner.graph_launcher import GraphLauncher
+from engine.runner.memory import run_largest_step
 from engine.runner.pending_step import CapturedPendingStep, DeviceLogprobs, PendingStep
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_tables import banned_tokens
@@ -110,10 +111,25 @@ class ModelRunner:
         return self._run_eager(batch)
 
     def warm_up(self) -> None:
-        """Capture the steps of greedy decoding, so that no request waits for them."""
+        """On a GPU, compile the kernels and capture the steps that no request shall wait for.
+
+        Captured are those of greedy decoding; compiled is also what eager steps need.
+        """
+        if not self._is_cuda:
+            return
+        from engine.kernels.compile_ahead import compiling_ahead
+
+        variant, config = self.sampler.greedy_variant, self._config
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        with compiling_ahead():
+            if self._captured is not None:
+                self._captured.launch_each_kernel(variant)
+            run_largest_step(
+                self._model, config.max_num_batched_tokens, num_seqs, config.block_size
+            )
         if self._captured is not None:
-            self._captured.warm_up(self.sampler.greedy_variant)
-            torch.cuda.synchronize(self._config.device)
+            self._captured.warm_up(variant)
+        torch.cuda.synchronize(config.device)
 
     def check_health(self) -> None:
         """Raise torch's error if the device can no longer be used, as after an illegal access."""
