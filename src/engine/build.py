@@ -20,7 +20,7 @@ from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
 from engine.models.any_model import AnyModel, describe_model, make_model, weight_bytes
 from engine.models.decoder import Decoder
-from engine.models.quantised_loading import can_run_quantised
+from engine.models.quantised_loading import can_run_quantised, takes_quantised
 from engine.runner.memory import check_weights_fit, num_kv_blocks, run_largest_step
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
@@ -103,7 +103,9 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
-        stays_quantised = runs_quantised(config, files, device, dtype)
+        stays_quantised = takes_quantised(model_config) and runs_quantised(
+            config, files, device, dtype
+        )
         num_weight_bytes = (
             _quantised_bytes(files, dtype)
             if stays_quantised

@@ -12,11 +12,13 @@ import transformers
 from model_zoo import FAMILIES, described
 from other_models import OTHERS
 
+from engine.loader.gguf_architectures import ARCHITECTURES
 from engine.models.registry import about, supported_architectures
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "MODELS.md"
 _MARKS = {
-    name: f"<!-- {name}: made by tests/support/model_table.py -->" for name in ("native", "others")
+    name: f"<!-- {name}: made by tests/support/model_table.py -->"
+    for name in ("native", "others", "gguf")
 }
 _END = "<!-- end -->"
 
@@ -49,11 +51,25 @@ def other_names() -> list[str]:
     return [", ".join(f"`{name}`" for name in sorted(classes)) + "."]
 
 
+def gguf_names() -> list[str]:
+    """GGUF's names of architectures, with what they become."""
+    found = []
+    for name, row in ARCHITECTURES.items():
+        rows = [row, row.with_window, row.with_experts]
+        targets = ", ".join(f"`{row.hf_architecture}`" for row in rows if row is not None)
+        found.append(f"* `{name}`: {targets}")
+    return found
+
+
 def document() -> str:
     """The whole document with fresh tables."""
     head = ["| architecture | models | GPU | compared with transformers as |", "|---|---|---|---|"]
     text = DOCUMENT.read_text()
-    for name, lines in (("native", [*head, *native_rows()]), ("others", other_names())):
+    for name, lines in (
+        ("native", [*head, *native_rows()]),
+        ("others", other_names()),
+        ("gguf", gguf_names()),
+    ):
         made = "\n".join([_MARKS[name], *lines, _END])
         pattern = re.escape(_MARKS[name]) + ".*?" + re.escape(_END)
         text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)

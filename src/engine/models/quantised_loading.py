@@ -16,6 +16,7 @@ from engine.layers.quantised_weights import (
     has_eight_bit_product,
     has_four_bit_product,
 )
+from engine.models.description import DecoderConfig
 
 if TYPE_CHECKING:
     from engine.layers.linear import Linear
@@ -70,6 +71,16 @@ class QuantisedSource(Protocol):
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """As in `WeightSource`."""
+
+
+def takes_quantised(config: object) -> bool:
+    """Whether a model has a place for quantised weights, given its config.
+
+    Not yet for experts, nor for weights that a family merges in its own way: they are expanded.
+    """
+    if not isinstance(config, DecoderConfig):
+        return False
+    return config.weight_names == "llama" and not any(config.experts)
 
 
 def can_run_quantised() -> bool:
