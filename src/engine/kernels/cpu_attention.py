@@ -208,9 +208,7 @@ def _masked_attention(
         scores_room = scores_room.view(score_shape)
     scores = torch.add(mask, scores.view(score_shape), alpha=softmax_scale, out=scores_room)
     if sinks is not None:
-        # A softmax with one more score is the one without it times the share it leaves.
-        others = torch.logsumexp(scores.view(shape).float(), -1, keepdim=True)
-        share = torch.sigmoid(others - sinks)
+        with_sinks = torch.cat((scores.view(shape), sinks.to(scores.dtype)), -1)
+        return torch.bmm(torch.softmax(with_sinks, -1)[..., :-1].to(v.dtype), v)
     probs = torch.softmax(scores.view(shape), -1, out=probs_room).to(v.dtype)
-    mixed = torch.bmm(probs, v)
-    return mixed if sinks is None else (mixed * share).to(v.dtype)
+    return torch.bmm(probs, v)

@@ -54,7 +54,7 @@ def moe_route(
         (weights [T, K] float32, experts [T, K] int32), best first.
     """
     wide = logits.float()
-    scores = wide.softmax(-1) if routing.scoring == "softmax" else wide.sigmoid()
+    scores = wide.softmax(-1) if routing.scoring == "softmax" else sigmoid_by_row(wide)
     wanted = scores if choice_bias is None else scores + choice_bias
     if routing.num_groups > 1:
         groups = wanted.unflatten(-1, (routing.num_groups, -1))
@@ -82,10 +82,20 @@ def expert_activation(
     if activation == "clamped_swiglu":
         gate = gate.clamp(max=swiglu_limit)
         up = up.clamp(-swiglu_limit, swiglu_limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * swiglu_alpha))
+        return (up + 1) * (gate * sigmoid_by_row(gate * swiglu_alpha))
     if activation == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def sigmoid_by_row(x: torch.Tensor) -> torch.Tensor:
+    """Sigmoid of [..., N], a row's bits independent of how many rows there are.
+
+    On a CPU torch takes contiguous tensors as one long vector, whose last few numbers (those that
+    do not fill a register) round otherwise than the rest. Rows with a gap between them are taken
+    one by one.
+    """
+    return F.pad(x, (0, 1))[..., :-1].sigmoid()
 
 
 def moe_experts(

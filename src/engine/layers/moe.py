@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels import dispatch
-from engine.kernels.moe_reference import Routing, expert_activation, sum_of_experts
+from engine.kernels.moe_reference import (
+    Routing,
+    expert_activation,
+    sigmoid_by_row,
+    sum_of_experts,
+)
 from engine.layers.linear import Linear, can_pack, packed_linear
 from engine.layers.mlp import GatedMLP
 
@@ -179,7 +184,7 @@ class MixtureOfExperts:
             return y
         shared = self.shared(x)
         if self.shared_gate is not None:
-            shared *= torch.sigmoid(self.shared_gate(x))
+            shared *= sigmoid_by_row(self.shared_gate(x))
         return y.add_(shared)
 
     def _packed_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
