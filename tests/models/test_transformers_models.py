@@ -18,6 +18,7 @@ from tiny_checkpoints import VOCAB_SIZE, write_byte_tokenizer, write_tiny_llama
 
 from engine import CheckpointError, ConfigError, Engine, SamplingParams, UnsupportedModelError
 from engine.models.any_model import describe_model, make_model, weight_bytes
+from engine.models.registry import is_native
 from engine.models.transformers_config import TransformersConfig, transformers_config
 from engine.models.transformers_model import TransformersModel
 
@@ -101,6 +102,16 @@ def test_these_are_not_the_decoders_own() -> None:
             describe_model(config, None, trust_remote_code=False)
         architectures.add(ours.config.architecture)
     assert len(architectures) >= 15
+
+
+@pytest.mark.parametrize("name", ["olmoe-clipped", "cohere-qk-norm"])
+def test_what_the_decoder_lacks_goes_to_transformers(tmp_path: Path, name: str) -> None:
+    """The decoder has the architecture, but not what this config asks for."""
+    other_model(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert is_native(config)
+    found = describe_model(config, tmp_path, trust_remote_code=False)
+    assert isinstance(found, TransformersConfig)
 
 
 @pytest.mark.parametrize(
