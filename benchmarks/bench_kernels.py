@@ -22,6 +22,7 @@ from environment import print_table, write_rows
 
 from engine.kernels import dispatch
 from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
+from engine.kernels.moe_reference import Routing
 
 PEAK_GB_PER_S = 3000.0  # measured copy bandwidth of an H100 SXM; its data sheet says 3350
 PEAK_TFLOP_PER_S = 700.0  # bf16 as cuBLAS reaches it; 989 on the data sheet
@@ -55,6 +56,24 @@ SHAPES = (
     Shape("0.6B", 1024, 3072, 16, 8, 128),
     Shape("8B", 4096, 14336, 32, 8, 128),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of a layer's experts."""
+
+    name: str
+    hidden_size: int
+    width: int
+    num_experts: int
+    num_chosen: int
+
+
+EXPERT_SHAPES = (
+    ExpertShape("Qwen3-30B", 2048, 768, 128, 8),
+    ExpertShape("Mixtral-8x7B", 4096, 14336, 8, 2),
+)
+SMALL_EXPERTS = ExpertShape("small", 512, 256, 16, 4)
 DECODES = ((1, 32768), (32, 600), (256, 800), (512, 100))
 PREFILLS = {
     "16k": [(0, 16384)],
@@ -470,6 +489,48 @@ def fused_rows(
     ]
 
 
+def expert_rows(
+    shape: ExpertShape, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """A layer's experts: decode reads the weights of those that are chosen, prefill multiplies."""
+    hidden, width, num_experts = shape.hidden_size, shape.width, shape.num_experts
+    x = torch.randn(num_tokens, hidden, device=device, dtype=dtype)
+    gate_up = torch.randn(num_experts, 2 * width, hidden, device=device, dtype=dtype) * 0.02
+    down = torch.randn(num_experts, hidden, width, device=device, dtype=dtype) * 0.02
+    logits = torch.randn(num_tokens, num_experts, device=device)
+    routing = Routing(num_chosen=shape.num_chosen)
+    weights, experts = dispatch.moe_route(logits, None, routing)
+    num_used = len(experts.unique())
+    case = f"{shape.name} T={num_tokens}"
+    flops = 6 * num_tokens * shape.num_chosen * hidden * width
+
+    def one_dense_layer(_: int) -> torch.Tensor:
+        # The same multiplications as two dense products, without choosing or sorting.
+        rows = x.repeat_interleave(shape.num_chosen, 0)
+        active = rows @ gate_up[0].T
+        return (F.silu(active[:, :width]) * active[:, width:]) @ down[0].T
+
+    return [
+        Row(
+            "moe_route",
+            case,
+            lambda _: dispatch.moe_route(logits, None, routing),
+            num_bytes=logits.numel() * 4,
+            baseline=lambda _: logits.softmax(-1).topk(shape.num_chosen),
+        ),
+        Row(
+            "moe_experts",
+            f"{case} ({num_used} experts)",
+            lambda _: dispatch.moe_experts(
+                x, gate_up, down, None, None, weights, experts, activation="silu"
+            ),
+            num_bytes=0.0 if num_tokens > 512 else num_used * 3 * hidden * width * dtype.itemsize,
+            flops=flops,
+            baseline=one_dense_layer,
+        ),
+    ]
+
+
 def gpu_rows(device: torch.device) -> list[Row]:
     dtype = torch.bfloat16
     rows = [
@@ -491,6 +552,8 @@ def gpu_rows(device: torch.device) -> list[Row]:
         rows += few_row_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (16, 64, 160, 256)):
         rows += fused_rows(shape, num_tokens, device, dtype)
+    for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 16, 64, 256, 8192)):
+        rows += expert_rows(expert_shape, num_tokens, device, dtype)
     return rows
 
 
@@ -512,6 +575,7 @@ def cpu_rows(device: torch.device) -> list[Row]:
         rows.append(attention_row(shape, [(0, 512)], f"{name} prefill 512", device, dtype))
         for num_tokens in (1, 64):
             rows += layer_rows(shape, num_tokens, device, dtype)
+            rows += expert_rows(SMALL_EXPERTS, num_tokens, device, dtype)
     return rows
 
 

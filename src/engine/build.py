@@ -18,9 +18,9 @@ from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
-from engine.models.decoder import Decoder, weight_bytes
-from engine.models.quantised_loading import can_run_quantised
-from engine.models.registry import decoder_config
+from engine.models.any_model import AnyModel, describe_model, make_model, weight_bytes
+from engine.models.decoder import Decoder
+from engine.models.quantised_loading import can_run_quantised, takes_quantised
 from engine.runner.memory import check_weights_fit, num_kv_blocks, run_largest_step
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
@@ -45,7 +45,7 @@ class EngineParts:
     files: ModelFiles
     resolved: ResolvedConfig
     text: ModelText
-    model: Decoder
+    model: AnyModel
     weight_bytes: int
     scheduler: Scheduler
     runner: ModelRunner
@@ -84,8 +84,13 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
         revision=config.revision,
         local_files_only=config.local_files_only,
         load_format=config.load_format,
+        with_code=config.trust_remote_code,
     )
-    model_config = decoder_config(files.config)
+    model_config = describe_model(
+        files.config,
+        files.path if files.kind == "folder" else None,
+        trust_remote_code=config.trust_remote_code,
+    )
     dtype = resolve_dtype(config.dtype, files, device)
     limit = model_config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
@@ -98,14 +103,16 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
-        stays_quantised = runs_quantised(config, files, device, dtype)
+        stays_quantised = takes_quantised(model_config) and runs_quantised(
+            config, files, device, dtype
+        )
         num_weight_bytes = (
             _quantised_bytes(files, dtype)
             if stays_quantised
             else weight_bytes(model_config, dtype, device)
         )
         check_weights_fit(num_weight_bytes, device, config)
-        model = Decoder(
+        model = make_model(
             model_config,
             device,
             dtype,
@@ -113,7 +120,10 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             batch_invariant=config.batch_invariant,
         )
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
-            model.load(checkpoint, checkpoint if stays_quantised else None)
+            if isinstance(model, Decoder):
+                model.load(checkpoint, checkpoint if stays_quantised else None)
+            else:
+                model.load(checkpoint)
         resolved = _resolve_sizes(config, model, device, dtype)
         scheduler = Scheduler(
             max_num_seqs=resolved.max_num_seqs,
@@ -258,21 +268,22 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
 
 
-def kv_bytes_per_token(model: Decoder) -> int:
+def kv_bytes_per_token(model: AnyModel) -> int:
     """Bytes of K and V of one token over all layers."""
     config = model.config
     elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return elements * model.dtype.itemsize
 
 
-def _steps_in_flight(config: EngineConfig, device: torch.device) -> int:
+def _steps_in_flight(config: EngineConfig, model: AnyModel, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
-    return _EAGER_STEPS_IN_FLIGHT if config.enforce_eager else _MOST_CAPTURED_STEPS_IN_FLIGHT
+    is_eager = config.enforce_eager or not isinstance(model, Decoder)
+    return _EAGER_STEPS_IN_FLIGHT if is_eager else _MOST_CAPTURED_STEPS_IN_FLIGHT
 
 
 def _resolve_sizes(
-    config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, model: AnyModel, device: torch.device, dtype: torch.dtype
 ) -> ResolvedConfig:
     is_cuda = device.type == "cuda"
     block_size = config.block_size or (_GPU_BLOCK_SIZE if is_cuda else _CPU_BLOCK_SIZE)
@@ -309,5 +320,5 @@ def _resolve_sizes(
         block_size=block_size,
         num_kv_blocks=blocks,
         enable_prefix_caching=config.enable_prefix_caching,
-        max_steps_in_flight=_steps_in_flight(config, device),
+        max_steps_in_flight=_steps_in_flight(config, model, device),
     )

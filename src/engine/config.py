@@ -35,6 +35,9 @@ class EngineConfig:
         chat_template: Jinja source to use instead of the model's own.
         revision: Hub branch, tag or commit. Default: the hub's default branch.
         local_files_only: Never ask the network; also on when HF_HUB_OFFLINE is set.
+        trust_remote_code: Whether Python code that a model's folder brings may run, with all rights
+            of this process, where neither the engine nor transformers has its architecture.
+            Default off.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights from `config.json`
             alone, for benchmarks (prompts and outputs are then token ids).
         device: "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "cuda:<index>".
@@ -82,6 +85,7 @@ class EngineConfig:
     chat_template: str | None = None
     revision: str | None = None
     local_files_only: bool = False
+    trust_remote_code: bool = False
     load_format: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
@@ -113,6 +117,9 @@ class EngineConfig:
             "cuda",
         ):
             msg = f"device={self.device!r} must be 'auto', 'cpu', 'cuda' or 'cuda:<index>'."
+            raise ConfigError(msg)
+        if not isinstance(self.trust_remote_code, bool):
+            msg = f"trust_remote_code={self.trust_remote_code!r} must be True or False."
             raise ConfigError(msg)
         _in_range("max_model_len", self.max_model_len, 1, None)
         _in_range("max_num_seqs", self.max_num_seqs, 1, 4096)

@@ -15,7 +15,6 @@ from engine.sampling_params import SamplingParams
 _NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
-    "trust_remote_code": (False,),
     "tokenizer_mode": ("auto",),
     "skip_tokenizer_init": (False,),
     "quantization": (None,),

@@ -17,6 +17,7 @@ from kernel_cases import (
 )
 
 from engine.kernels import cpu_attention, dispatch, reference
+from engine.kernels.moe_reference import Routing
 
 DTYPES = list(TOLERANCE)
 
@@ -294,3 +295,52 @@ def test_fused_products_are_plain_on_a_cpu() -> None:
     torch.testing.assert_close(hidden, want)
     torch.testing.assert_close(x, want * weight[0])
     torch.testing.assert_close(squares.sum(-1), want.pow(2).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"chunk_size": 64}, {"chunk_size": 128}, {}])
+def test_sinks_and_chunks(dtype: torch.dtype, options: dict[str, int]) -> None:
+    seqs = [(2, 1), (63, 1), (64, 1), (199, 1), (0, 70), (100, 80)]
+    case = make_case(seqs, dtype=dtype, num_q_heads=6, num_kv_heads=2)
+    sinks = torch.randn(6).to(dtype) * 2
+    check_attention(case, sinks=sinks, **options)
+    plain, with_sinks = attend(case, **options), attend(case, sinks=sinks, **options)
+    assert (plain - with_sinks).abs().max() > 0.01
+    # Neither neighbours nor the cut of the prompt change a sequence.
+    for row in range(case.metadata.num_seqs):
+        start, end = case.metadata.query_start_loc[row : row + 2].tolist()
+        alone = attend(only_sequence(case, row), sinks=sinks, **options)
+        assert torch.equal(alone, with_sinks[start:end])
+
+
+def test_chunks_read_nothing_before_them() -> None:
+    case = make_case([(130, 1), (140, 20)], dtype=torch.float32)
+    assert case.metadata.block_table_host is not None
+    for blocks in case.metadata.block_table_host:
+        case.k_cache[blocks[:8]] = float("nan")  # 8 blocks of 16 tokens: the first chunk
+        case.v_cache[blocks[:8]] = float("nan")
+    assert attend(case, chunk_size=128).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moe_experts_row_by_row(dtype: torch.dtype) -> None:
+    """Close to the twin, and a token's bits are its own."""
+    x = torch.randn(37, 48).to(dtype)
+    weight = {
+        "gate_up": (torch.randn(5, 2 * 40, 48) * 48**-0.5).to(dtype),
+        "down": (torch.randn(5, 48, 40) * 40**-0.5).to(dtype),
+        "gate_up_bias": (torch.randn(5, 80) * 0.25).to(dtype),
+        "down_bias": (torch.randn(5, 48) * 0.25).to(dtype),
+    }
+    routing = Routing(num_chosen=3)
+    weights, experts = dispatch.moe_route(torch.randn(37, 5), None, routing)
+    got = dispatch.moe_experts(x, **weight, weights=weights, experts=experts, activation="silu")
+    want = reference.moe_experts(x, **weight, weights=weights, experts=experts, activation="silu")
+    # Six roundings on the way (both products, activation, gating, weight, sum), not three.
+    tolerance = {key: 2 * value for key, value in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(got, want, **tolerance)
+    for rows in (slice(3, 4), slice(10, 15)):
+        alone = dispatch.moe_experts(
+            x[rows], **weight, weights=weights[rows], experts=experts[rows], activation="silu"
+        )
+        assert torch.equal(alone, got[rows])

@@ -78,6 +78,7 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench.layer_rows(shape, 2, device, torch.float32)
     rows += bench.few_row_rows(shape, 2, device, torch.float32)
     rows += bench.fused_rows(shape, 2, device, torch.float32)
+    rows += bench.expert_rows(bench.SMALL_EXPERTS, 2, device, torch.float32)
     rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
     rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))
     assert {row.op for row in rows} == set(dispatch.PUBLIC_OPS)

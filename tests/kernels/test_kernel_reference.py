@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from kernel_cases import PADDING, AttentionCase, make_case, make_metadata
 from transformers.activations import ACT2FN
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from engine.errors import ConfigError
 from engine.kernels import fused_reference, reference
+from engine.kernels.moe_reference import Routing
 
 
 def sdpa(case: AttentionCase, row: int, sliding_window: int | None) -> torch.Tensor:
@@ -236,3 +243,114 @@ def test_fused_products_are_what_they_replace() -> None:
     torch.testing.assert_close(q, want, **close)
     torch.testing.assert_close(caches[:2], caches[2:], **close)
     assert caches[0].count_nonzero() == 2 * 4
+
+
+def test_sinks_are_gpt_oss_s() -> None:
+    case = make_case([(0, 9)], dtype=torch.float64, num_q_heads=4, num_kv_heads=2, head_dim=16)
+    assert case.metadata.block_table_host is not None
+    k, v = (
+        cache[case.metadata.block_table_host[0]].flatten(0, 1)[:9].transpose(0, 1)[None]
+        for cache in case.arguments()[1:3]
+    )
+    sinks = torch.randn(4, dtype=torch.float64)
+    module = SimpleNamespace(num_key_value_groups=2, sinks=sinks, training=False)
+    mask = torch.full((9, 9), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    queries = case.q.transpose(0, 1)[None]
+    want, _ = eager_attention_forward(module, queries, k, v, mask, scaling=0.3)
+    got = reference.paged_attention(*case.arguments(), softmax_scale=0.3, sinks=sinks)
+    torch.testing.assert_close(got, want[0].flatten(1), atol=1e-12, rtol=1e-12)
+
+
+def test_chunks_hide_what_was_before_them() -> None:
+    """A query within the second chunk sees what it would see if the sequence began there."""
+    case = make_case([(0, 100)], dtype=torch.float64, num_q_heads=2, num_kv_heads=1, head_dim=16)
+    got = reference.paged_attention(*case.arguments(), softmax_scale=0.3, chunk_size=64)
+    assert case.metadata.block_table_host is not None
+    k, v = (
+        cache[case.metadata.block_table_host[0]].flatten(0, 1)[:100].transpose(0, 1)[None]
+        for cache in case.arguments()[1:3]
+    )
+    q = case.q.transpose(0, 1)[None]
+    for chunk in (slice(0, 64), slice(64, 100)):
+        want = F.scaled_dot_product_attention(
+            q[:, :, chunk],
+            k[:, :, chunk],
+            v[:, :, chunk],
+            scale=0.3,
+            is_causal=True,
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(got[chunk], want[0].transpose(0, 1).flatten(1))
+
+
+def test_moe_route_is_mixtrals_and_deepseeks() -> None:
+    mixtral = MixtralTopKRouter(
+        transformers.MixtralConfig(hidden_size=12, num_local_experts=6, num_experts_per_tok=3)
+    )
+    mixtral.weight.data.normal_()
+    x = torch.randn(9, 12)
+    logits, want_weights, want_experts = mixtral(x)
+    weights, experts = reference.moe_route(logits, None, Routing(num_chosen=3))
+    assert torch.equal(experts.long(), want_experts)
+    torch.testing.assert_close(weights, want_weights)
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=12,
+        n_routed_experts=12,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+    )
+    deepseek = DeepseekV3TopkRouter(config)
+    deepseek.weight.data.normal_()
+    deepseek.e_score_correction_bias.data.normal_()
+    logits, want_weights, want_experts = deepseek(x)
+    routing = Routing(
+        num_chosen=4,
+        scoring="sigmoid",
+        scale=2.5,
+        num_groups=4,
+        num_chosen_groups=2,
+        group_score="top2",
+    )
+    weights, experts = reference.moe_route(logits, deepseek.e_score_correction_bias, routing)
+    by_number, want_by_number = (
+        torch.zeros(9, 12).scatter(1, chosen.long(), weight.detach())
+        for chosen, weight in ((experts, weights), (want_experts, want_weights))
+    )
+    torch.testing.assert_close(by_number, want_by_number)
+
+
+def test_moe_experts_are_mixtrals_and_gpt_oss_s() -> None:
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_local_experts": 5}
+    x, weights = torch.randn(9, 12), torch.rand(9, 2)
+    experts = torch.rand(9, 5).topk(2).indices.to(torch.int32)
+    mixtral = MixtralExperts(transformers.MixtralConfig(**sizes)).requires_grad_(False)
+    mixtral.gate_up_proj.data.normal_()
+    mixtral.down_proj.data.normal_()
+    got = reference.moe_experts(
+        x, mixtral.gate_up_proj, mixtral.down_proj, None, None, weights, experts, activation="silu"
+    )
+    torch.testing.assert_close(got, mixtral(x, experts.long(), weights), atol=1e-4, rtol=1e-4)
+
+    oss = GptOssExperts(transformers.GptOssConfig(**sizes, swiglu_limit=1.1)).requires_grad_(False)
+    for parameter in oss.parameters():
+        parameter.data.normal_()
+    gate_up, bias = (
+        torch.cat((t[..., ::2], t[..., 1::2]), dim=-1)
+        for t in (oss.gate_up_proj, oss.gate_up_proj_bias)
+    )
+    got = reference.moe_experts(
+        x,
+        gate_up.transpose(1, 2),
+        oss.down_proj.transpose(1, 2),
+        bias,
+        oss.down_proj_bias,
+        weights,
+        experts,
+        activation="clamped_swiglu",
+        swiglu_limit=1.1,
+        swiglu_alpha=1.702,
+    )
+    torch.testing.assert_close(got, oss(x, experts.long(), weights), atol=1e-4, rtol=1e-4)

@@ -35,6 +35,9 @@ from engine.kernels import (
     fused_linear,
     fused_qkv,
     fused_tiles,
+    moe_experts,
+    moe_plan,
+    moe_route,
     persistent_decode,
     persistent_step,
     prefill_attention,
@@ -57,11 +60,12 @@ COMMON = {
 
 
 BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr", "embedding_ptr", "hidden_ptr")
+BF16S += ("gate_up_ptr", "down_ptr", "gate_up_bias_ptr", "down_bias_ptr", "active_ptr", "y_ptr")
 INT64S = ("block_rows_ptr", "positions_ptr", "slots_ptr", "layers_ptr", "input_ids_ptr")
-FLOATS = (
-    *("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset"),
-    "head_eps",
-)
+FP32S = ("partial_ptr", "stats_ptr", "cos_sin_ptr", "logits_ptr", "choice_bias_ptr", "weights_ptr")
+FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
+FLOATS += ("head_eps", "swiglu_limit", "swiglu_alpha", "scale")
+ALIGNED = ("num_inner", "num_columns", "width")
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
@@ -76,7 +80,7 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
             signature[name] = "*bf16"
         elif name in ("k_desc", "v_desc"):
             signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        elif name in ("partial_ptr", "stats_ptr", "cos_sin_ptr") or "squares_ptr" in name:
+        elif name in FP32S or "squares_ptr" in name:
             signature[name] = "*fp32"
         elif name in INT64S or name.endswith("words_ptr"):
             signature[name] = "*i64"
@@ -89,7 +93,7 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
         index
         for index, name in enumerate(names)
         if name not in constants
-        and (name.endswith("_ptr") or name.startswith("stride_") or name == "num_inner")
+        and (name.endswith("_ptr") or name.startswith("stride_") or name in ALIGNED)
     ]
     make_source = GluonASTSource if "k_desc" in names else ASTSource
     source = make_source(
@@ -359,6 +363,57 @@ def test_fused_products_keep_their_stages_in_flight(
         buffers = tile_buffers(gpu_ir, rows, tiles.block_k)
         assert buffers
         assert min(buffers) >= tiles.num_stages - 1
+
+
+@pytest.mark.parametrize("kind", ["gate_up", "down"])
+@pytest.mark.parametrize(("num_places", "product"), [(128, "mma.sync"), (8192 * 8, "wgmma")])
+def test_experts_keep_their_stages_in_flight(kind: str, num_places: int, product: str) -> None:
+    tiles = moe_experts.expert_tiles(num_places, 128, torch.bfloat16)
+    constants: dict[str, Any] = {
+        "EVEN_K": True,
+        "TILE_ENTRY": moe_plan.TILE_ENTRY,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+    }
+    if kind == "gate_up":
+        constants |= {"weights_ptr": None, "NUM_CHOSEN": 8, "ACTIVATION": "silu"}
+    kernel = {"gate_up": moe_experts._gate_up_kernel, "down": moe_experts._down_kernel}[kind]
+    asm = compile_for_hopper(
+        kernel, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+    ).asm
+    assert product in asm["ptx"]
+    assert "cp.async.cg" in asm["ptx"]
+    # The weight's tile as the product takes it: transposed.
+    buffers = tile_buffers(asm["ttgir"], tiles.block_k, tiles.block_n)
+    assert len(buffers) >= (2 if kind == "gate_up" else 1)
+    assert min(buffers) >= tiles.num_stages - 1
+    # Shared memory of an H100's program.
+    stage = tiles.block_k * (tiles.block_m + (2 if kind == "gate_up" else 1) * tiles.block_n) * 2
+    assert stage * tiles.num_stages <= 227 * 1024
+
+
+def test_routing_compiles() -> None:
+    constants = {
+        "NUM_EXPERTS": 240,
+        "NUM_CHOSEN": 8,
+        "IS_SOFTMAX": False,
+        "NORMALISES": True,
+        "NUM_GROUPS": 8,
+        "NUM_CHOSEN_GROUPS": 4,
+        "GROUP_TOP2": True,
+        "BLOCK_E": 256,
+        "BLOCK_K": 8,
+    }
+    assert compile_for_hopper(moe_route._route_kernel, constants, num_warps=1).asm["ptx"]
+    for kernel, extra in (
+        (moe_plan._count_kernel, {}),
+        (
+            moe_plan._place_kernel,
+            {"NUM_EXPERTS": 240, "ROWS": 16, "TILE_ENTRY": moe_plan.TILE_ENTRY, "BLOCK_E": 256},
+        ),
+    ):
+        assert compile_for_hopper(kernel, {**extra, "BLOCK": 4096}, num_warps=4).asm["ptx"]
 
 
 def test_another_gluon_leaves_the_portable_kernel(

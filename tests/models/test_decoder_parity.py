@@ -138,7 +138,19 @@ def test_padding_rows_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama-biases", "qwen3-window"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama-biases",
+        "qwen3-window",
+        "qwen2-moe",
+        "qwen3-moe",
+        "gpt-oss",
+        "deepseek-v3",
+        "gpt2",
+        "llama4",
+    ],
+)
 def test_a_sequence_does_not_notice_its_neighbours(family: str, dtype: torch.dtype) -> None:
     """Bit by bit: alone, beside one, beside many; at decode and within a prefill."""
     decoder = decoder_like(models(family)[0], dtype=dtype)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from model_zoo import FAMILIES, config_dict, hf_model
+from model_table import DOCUMENT, document
+from model_zoo import FAMILIES, config_dict, described, hf_model
 
 from engine.errors import UnsupportedModelError
+from engine.models.layer_parts import PartOptions, make_attention
 from engine.models.registry import decoder_config, supported_architectures
 
 LLAMA = {
@@ -29,8 +32,12 @@ def refusal(config: dict[str, Any]) -> str:
 
 
 def test_zoo_covers_every_architecture() -> None:
-    zoo = {type(hf_model(family)).__name__ for family in FAMILIES}
+    zoo = {described(family).architecture for family in FAMILIES}
     assert zoo == set(supported_architectures())
+
+
+def test_the_document_lists_what_is_tested() -> None:
+    assert DOCUMENT.read_text() == document(), "run: python tests/support/model_table.py"
 
 
 def test_defaults_of_a_minimal_config_are_those_of_transformers() -> None:
@@ -42,7 +49,37 @@ def test_defaults_of_a_minimal_config_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Gemma2", "Gemma3"]
+    "family",
+    [
+        "Cohere",
+        "Cohere2",
+        "DeepseekV3",
+        "GPTNeoX",
+        "Gemma",
+        "Gemma2",
+        "Gemma3",
+        "Glm4",
+        "GptOss",
+        "Granite",
+        "GraniteMoe",
+        "Llama4",
+        "Ministral",
+        "Ministral3",
+        "Mistral",
+        "Mixtral",
+        "Olmo2",
+        "Olmo3",
+        "Olmoe",
+        "Phi",
+        "Phi3",
+        "Qwen2",
+        "Qwen2Moe",
+        "Qwen3",
+        "Qwen3Moe",
+        "SmolLM3",
+        "StableLm",
+        "Starcoder2",
+    ],
 )
 def test_defaults_of_other_families_are_those_of_transformers(family: str) -> None:
     minimal = {
@@ -51,7 +88,9 @@ def test_defaults_of_other_families_are_those_of_transformers(family: str) -> No
         "num_key_value_heads": 2,
         "architectures": [f"{family}ForCausalLM"],
     }
-    class_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    class_name = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(
+        family, f"{family}Config"
+    )
     hf = getattr(transformers, class_name)(
         **{key: value for key, value in minimal.items() if key != "architectures"}
     )
@@ -166,3 +205,13 @@ def test_describing_leaves_the_config_alone() -> None:
     before = repr(config)
     decoder_config(config)
     assert repr(config) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "what"), [("gpt-oss", "attention sinks"), ("llama4", "chunks of 64 tokens")]
+)
+def test_what_has_no_gpu_kernel_is_refused_there(family: str, what: str) -> None:
+    """Before anything is allocated, so a machine without a GPU can tell."""
+    options = PartOptions(torch.device("cuda"), torch.bfloat16, False, 256)
+    with pytest.raises(UnsupportedModelError, match=f"{what}.*device='cpu'"):
+        make_attention(described(family), 0, options)

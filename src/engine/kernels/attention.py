@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from engine.errors import UnsupportedModelError
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_attention import prefill_attention
@@ -21,13 +22,21 @@ def paged_attention(
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
     batch_invariant: bool = False,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`. Both caches have equal strides, 1 along head_dim.
 
+    Raises:
+        UnsupportedModelError: There are sinks or chunks, which the kernels do not have.
+
     Rows of q past the last sequence are untouched in a given `out`. In a new one they are zero, or
     with `device_counts` (captured steps, which nobody reads there) whatever the memory held.
     """
+    if sinks is not None or chunk_size is not None:
+        msg = "The attention kernels for GPUs have neither sinks nor chunks. Use device='cpu'."
+        raise UnsupportedModelError(msg)
     if q.stride(2) != 1:
         q = q.contiguous()
     num_tokens, num_q_heads, head_dim = q.shape

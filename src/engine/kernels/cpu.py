@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import reference
+from engine.kernels import moe_reference, reference
 from engine.kernels.cpu_attention import paged_attention
 from engine.kernels.fused_reference import (
     add_weighed_linear,
@@ -22,6 +22,7 @@ from engine.kernels.reference import (
     add_linear,
     embed_rows,
     few_row_linear,
+    moe_route,
     normed_linear,
     normed_qkv,
 )
@@ -35,6 +36,8 @@ __all__ = [
     "embed_rows",
     "embed_weighed",
     "few_row_linear",
+    "moe_experts",
+    "moe_route",
     "normed_linear",
     "normed_qkv",
     "paged_attention",
@@ -173,3 +176,33 @@ def _real_slots(slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
     if bool(is_real.all()):
         return slot_mapping, None
     return slot_mapping[is_real], is_real
+
+
+def moe_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    *,
+    activation: str,
+    scales_input: bool = False,
+    swiglu_limit: float = 0.0,
+    swiglu_alpha: float = 1.0,
+) -> torch.Tensor:
+    """See `reference.moe_experts`; products in x's dtype, a row's bits are its own."""
+
+    def one_expert(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        first = None if gate_up_bias is None else gate_up_bias[expert]
+        second = None if down_bias is None else down_bias[expert]
+        active = moe_reference.expert_activation(
+            batch_invariant_linear(rows, gate_up[expert], first),
+            activation,
+            swiglu_limit,
+            swiglu_alpha,
+        )
+        return batch_invariant_linear(active, down[expert], second)
+
+    return moe_reference.sum_of_experts(x, weights, experts, one_expert, scales_input=scales_input)

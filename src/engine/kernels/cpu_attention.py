@@ -21,10 +21,21 @@ slots past a sequence's end are never read, whatever they hold.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from engine.kernels.cpu_plan import TILE, DecodeGroup, Tile, heads_per_product, plan_attention
 from engine.kernels.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How scores are made: `softcap * tanh(q k * scale / softcap)`, and `sinks` [Hkv, G, 1]."""
+
+    scale: float
+    softcap: float
+    sinks: torch.Tensor | None
 
 
 def paged_attention(
@@ -37,6 +48,8 @@ def paged_attention(
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
     batch_invariant: bool = False,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`. The caches must be contiguous.
@@ -45,15 +58,27 @@ def paged_attention(
     """
     assert metadata.block_rows is None, "the CPU path reads row b of the table for sequence b"
     assert metadata.device_counts is None, "the CPU path needs exact counts on the host"
+    assert not (chunk_size or 0) % TILE, "a tile of queries lies within one chunk"
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     block_size = k_cache.shape[1]
     plan = metadata.once_per_step(
-        ("attention", sliding_window, num_kv_heads, head_dim, block_size, q.dtype, num_tokens),
-        lambda: plan_attention(metadata, q, num_kv_heads, block_size, sliding_window),
+        (
+            "attention",
+            sliding_window,
+            chunk_size,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            q.dtype,
+            num_tokens,
+        ),
+        lambda: plan_attention(metadata, q, num_kv_heads, block_size, sliding_window, chunk_size),
     )
+    by_kv_head = None if sinks is None else sinks.float().view(num_kv_heads, -1, 1)
+    scoring = Scoring(softmax_scale, logit_softcap, by_kv_head)
     if out is None and plan.is_uniform:
-        mixed = _decode(q, k_cache, v_cache, plan.decode_groups[0], softmax_scale, logit_softcap)
+        mixed = _decode(q, k_cache, v_cache, plan.decode_groups[0], scoring)
         return mixed.view(num_tokens, num_q_heads * head_dim)
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads * head_dim)
@@ -61,7 +86,7 @@ def paged_attention(
         out.zero_()
     for group in plan.decode_groups:
         queries = q.index_select(0, group.rows)
-        mixed = _decode(queries, k_cache, v_cache, group, softmax_scale, logit_softcap)
+        mixed = _decode(queries, k_cache, v_cache, group, scoring)
         out.index_copy_(0, group.rows, mixed.view(-1, num_q_heads * head_dim))
     for sequence in plan.prefills:
         k, v = (
@@ -76,8 +101,7 @@ def paged_attention(
                 v[:, tile.keys],
                 tile,
                 plan.scores,
-                softmax_scale,
-                logit_softcap,
+                scoring,
             )
             out[rows].view(tile.num_rows, num_q_heads, head_dim).copy_(mixed)
     return out
@@ -88,8 +112,7 @@ def _decode(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     group: DecodeGroup,
-    softmax_scale: float,
-    logit_softcap: float,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of one group: q [S, Hq, D] -> [S * Hkv, Hq / Hkv, D]."""
     num_seqs, num_q_heads, head_dim = q.shape
@@ -97,14 +120,15 @@ def _decode(
     for cache, gathered in ((k_cache, group.k), (v_cache, group.v)):
         _gather_heads_first(cache, group, gathered)
     heads_per_kv = num_q_heads // num_kv_heads
+    sinks = None if scoring.sinks is None else scoring.sinks.repeat(num_seqs, 1, 1)
     return _masked_attention(
         q.reshape(-1, heads_per_kv, head_dim),
         group.k,
         group.v,
         group.mask,
         (num_seqs, num_kv_heads, heads_per_kv, num_keys),
-        softmax_scale,
-        logit_softcap,
+        scoring,
+        sinks,
     )
 
 
@@ -127,8 +151,7 @@ def _prefill_tile(
     v: torch.Tensor,
     tile: Tile,
     room: torch.Tensor,
-    softmax_scale: float,
-    logit_softcap: float,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of one tile: q [rows, Hq, D], k and v [Hkv, keys, D] -> [rows, Hq, D]."""
     if tile.num_rows < TILE:
@@ -139,6 +162,7 @@ def _prefill_tile(
     num_kv_heads, num_keys, head_dim = k.shape
     heads_first = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
     step = heads_per_product(q, num_kv_heads, num_keys)
+    sinks = None if scoring.sinks is None else scoring.sinks.repeat_interleave(TILE, dim=1)
     parts = [
         _masked_attention(
             heads_first[start : start + step],
@@ -146,8 +170,8 @@ def _prefill_tile(
             v[start : start + step],
             tile.mask,
             (min(step, num_kv_heads - start), -1, TILE, num_keys),
-            softmax_scale,
-            logit_softcap,
+            scoring,
+            None if sinks is None else sinks[start : start + step],
             room,
         )
         for start in range(0, num_kv_heads, step)
@@ -162,15 +186,16 @@ def _masked_attention(
     v: torch.Tensor,
     mask: torch.Tensor,
     score_shape: tuple[int, ...],
-    softmax_scale: float,
-    logit_softcap: float,
+    scoring: Scoring,
+    sinks: torch.Tensor | None,
     room: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of X matrices: q [X, M, D], k and v [X, P, D] -> [X, M, D].
 
     `score_shape` is a view of [X, M, P] that `mask` broadcasts to. `room` [2, X * M * P or more]
-    takes scores and probabilities.
+    takes scores and probabilities. `sinks` [X, M, 1] are the sinks' scores.
     """
+    softmax_scale, logit_softcap = scoring.scale, scoring.softcap
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores_room, probs_room = None, None
     if room is not None:
@@ -183,5 +208,8 @@ def _masked_attention(
     if scores_room is not None:
         scores_room = scores_room.view(score_shape)
     scores = torch.add(mask, scores.view(score_shape), alpha=softmax_scale, out=scores_room)
+    if sinks is not None:
+        with_sinks = torch.cat((scores.view(shape), sinks.to(scores.dtype)), -1)
+        return torch.bmm(torch.softmax(with_sinks, -1)[..., :-1].to(v.dtype), v)
     probs = torch.softmax(scores.view(shape), -1, out=probs_room).to(v.dtype)
     return torch.bmm(probs, v)

@@ -111,8 +111,12 @@ def plan_attention(
     num_kv_heads: int,
     block_size: int,
     sliding_window: int | None,
+    chunk_size: int | None = None,
 ) -> AttentionPlan:
-    """Group the step's sequences and look up where their keys lie."""
+    """Group the step's sequences and look up where their keys lie.
+
+    `chunk_size` is a multiple of `TILE`.
+    """
     table = metadata.block_table.numpy()
     seq_lens = metadata.seq_lens.numpy().astype(np.int64)
     query_lens = metadata.query_lens.numpy().astype(np.int64)
@@ -132,6 +136,8 @@ def plan_attention(
         return torch.from_numpy((block_ids * block_size + tokens % block_size).reshape(-1))
 
     low = np.maximum(seq_lens - sliding_window, 0) if sliding_window else np.zeros_like(seq_lens)
+    if chunk_size:
+        low = np.maximum(low, (seq_lens - 1) // chunk_size * chunk_size)
     num_keys = (seq_lens - low)[:num_decodes]
     groups = list(_groups_of_equal_padding(num_keys, head_bytes))
     most_keys = max((len(rows) * padded_len for rows, padded_len in groups), default=0)
@@ -165,7 +171,7 @@ def plan_attention(
     for row in range(num_decodes, len(seq_lens)):
         seq_len, query_len = int(seq_lens[row]), int(query_lens[row])
         if seq_len:
-            tiles = list(_tiles(first_row, seq_len, query_len, sliding_window))
+            tiles = list(_tiles(first_row, seq_len, query_len, sliding_window, chunk_size))
             first_key = tiles[0][1].start
             lowest = max(0, seq_len - query_len - sliding_window + 1) if sliding_window else 0
             prefills.append(
@@ -238,7 +244,11 @@ def _padded_len(num_keys: Int64Array) -> Int64Array:
 
 
 def _tiles(
-    first_row: int, seq_len: int, query_len: int, sliding_window: int | None
+    first_row: int,
+    seq_len: int,
+    query_len: int,
+    sliding_window: int | None,
+    chunk_size: int | None,
 ) -> Iterator[tuple[tuple[int, int, int], slice]]:
     """((first row of q, rows, offset in the tile), keys) of each tile of one sequence's queries."""
     position = seq_len - query_len
@@ -246,6 +256,8 @@ def _tiles(
         start = position - position % TILE
         end = min(start + TILE, seq_len)
         low = max(0, start - sliding_window + 1) if sliding_window else 0
+        if chunk_size:
+            low = max(low, start - start % chunk_size)
         yield (
             (first_row, end - position, position - start),
             slice(low - low % TILE, start + TILE),

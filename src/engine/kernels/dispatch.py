@@ -10,6 +10,7 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.moe_reference import Routing
 
 PUBLIC_OPS = (
     "rms_norm",
@@ -27,6 +28,8 @@ PUBLIC_OPS = (
     "scaled_qkv",
     "add_weighed_linear",
     "embed_weighed",
+    "moe_route",
+    "moe_experts",
 )
 
 
@@ -130,6 +133,8 @@ def paged_attention(
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
     batch_invariant: bool = False,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the step's tokens over their KV blocks; see `reference.paged_attention`.
@@ -150,6 +155,8 @@ def paged_attention(
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
         batch_invariant=batch_invariant,
+        sinks=sinks,
+        chunk_size=chunk_size,
         out=out,
     )
 
@@ -372,6 +379,51 @@ def embed_weighed(
     else:
         op = cpu.embed_weighed
     return op(input_ids, weight, norm_weight, scale, weight_offset=weight_offset)
+
+
+def moe_route(
+    logits: torch.Tensor, choice_bias: torch.Tensor | None, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, experts) that each token chooses; see `reference.moe_route`."""
+    if not logits.is_cuda:
+        return cpu.moe_route(logits, choice_bias, routing)
+    from engine.kernels import moe_route as kernels
+
+    return kernels.moe_route(logits, choice_bias, routing)
+
+
+def moe_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    *,
+    activation: str,
+    scales_input: bool = False,
+    swiglu_limit: float = 0.0,
+    swiglu_alpha: float = 1.0,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts; see `reference.moe_experts`."""
+    if x.is_cuda:
+        from engine.kernels.moe_experts import moe_experts as op
+    else:
+        op = cpu.moe_experts
+    return op(
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        weights,
+        experts,
+        activation=activation,
+        scales_input=scales_input,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+    )
 
 
 __all__ = [*PUBLIC_OPS, "begin_step"]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from engine.errors import ConfigError
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.moe_reference import moe_experts as moe_experts
+from engine.kernels.moe_reference import moe_route as moe_route
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -148,12 +150,15 @@ def paged_attention(
     sliding_window: int | None = None,
     logit_softcap: float = 0.0,
     batch_invariant: bool = False,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's new tokens over its KV blocks.
 
     `softmax(cap * tanh(q k^T * scale / cap) + mask) v`; the token at position i sees positions j
-    with `j <= i`, and `j > i - sliding_window` where a window is set.
+    with `j <= i`, `j > i - sliding_window` where a window is set, and `j >= i - i % chunk_size`
+    where there are chunks. A sink takes part in the softmax as one more score without a value.
 
     Args:
         q: [T, Hq, D], rotated.
@@ -165,6 +170,8 @@ def paged_attention(
         logit_softcap: Bound of the scores; 0 for none.
         batch_invariant: On a GPU make a sequence's bits independent of the rest of the batch;
             elsewhere they are, whatever it says.
+        sinks: [Hq], the sink's score of each query head; neither scaled nor bounded.
+        chunk_size: Tokens of a chunk, a multiple of 64; None for no chunks.
         out: [T, Hq * D] to write into, any row stride.
 
     Returns:
@@ -196,8 +203,12 @@ def paged_attention(
             scores *= softmax_scale
             if logit_softcap:
                 scores = logit_softcap * torch.tanh(scores / logit_softcap)
-            visible = visible_keys(seq_len, query_len, sliding_window, q.device)
-            probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            visible = visible_keys(seq_len, query_len, sliding_window, q.device, chunk_size)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            if sinks is not None:
+                sink = _wide(sinks)[:, None, None].expand(-1, query_len, 1)
+                scores = torch.cat((scores, sink), dim=-1)
+            probs = scores.softmax(-1)[..., :seq_len]
             mixed = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(group, dim=1))
             out[start:end] = mixed.flatten(1).to(out.dtype)
         start = end
@@ -384,7 +395,11 @@ def gather_kv(cache: torch.Tensor, block_ids: torch.Tensor, seq_len: int) -> tor
 
 
 def visible_keys(
-    seq_len: int, query_len: int, sliding_window: int | None, device: torch.device
+    seq_len: int,
+    query_len: int,
+    sliding_window: int | None,
+    device: torch.device,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """[query_len, seq_len] bool: which positions each of the last `query_len` tokens sees."""
     i = torch.arange(seq_len - query_len, seq_len, device=device)[:, None]
@@ -392,6 +407,8 @@ def visible_keys(
     visible = j <= i
     if sliding_window is not None:
         visible &= j > i - sliding_window
+    if chunk_size is not None:
+        visible &= j >= i - i % chunk_size
     return visible
 
 

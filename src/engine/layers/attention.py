@@ -1,4 +1,7 @@
-"""`Attention`: grouped-query attention of one layer over the paged KV cache."""
+"""`Attention`: grouped-query attention of one layer over the paged KV cache.
+
+What families add to it: norms of q and k, sinks, and factors on the queries by position.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,16 @@ class Attention:
         head_dim: D.
         qkv_bias: Whether the q, k and v projections have one.
         output_bias: Whether the output projection has one.
-        qk_norm_eps: Epsilon of the per-head norm of q and k; None where the family has no such.
+        qk_norm: Norm of q and k before rotation: "" for none, "head" for each head by itself,
+            "projection" over all heads, "unweighted" for each head and without a weight.
+        norm_eps: Epsilon of that norm.
         norm_offset: As in `RMSNorm`, for that norm.
         softmax_scale: Factor on the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
+        chunk_size: Tokens of the chunk a position sees, up to itself; None for all.
         logit_softcap: Bound on the scores; 0 for none.
+        has_sinks: Whether every query head has a score that no value belongs to.
+        query_scales: [max_model_len] float32, factor on the queries by position; None for none.
         device: Where the weights live.
         dtype: Of weights, activations and KV cache.
         batch_invariant: As in `Linear`.
@@ -41,11 +49,15 @@ class Attention:
         head_dim: int,
         qkv_bias: bool,
         output_bias: bool,
-        qk_norm_eps: float | None,
+        qk_norm: str,
+        norm_eps: float,
         norm_offset: float,
         softmax_scale: float,
         sliding_window: int | None,
+        chunk_size: int | None,
         logit_softcap: float,
+        has_sinks: bool,
+        query_scales: torch.Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
         batch_invariant: bool,
@@ -68,18 +80,23 @@ class Attention:
             batch_invariant=batch_invariant,
         )
         self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
+        if qk_norm:
+            sizes = (q_size, kv_size) if qk_norm == "projection" else (head_dim, head_dim)
             self.q_norm, self.k_norm = (
-                RMSNorm(head_dim, eps=qk_norm_eps, offset=norm_offset, device=device, dtype=dtype)
-                for _ in "qk"
+                RMSNorm(size, eps=norm_eps, offset=norm_offset, device=device, dtype=dtype)
+                for size in sizes
             )
+        self.qk_norm = qk_norm
+        self.sinks = torch.empty(num_q_heads, device=device, dtype=dtype) if has_sinks else None
+        self.query_scales = query_scales
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.norm_eps = qk_norm_eps or 0.0
+        self.norm_eps = norm_eps
         self.norm_offset = norm_offset
         self.softmax_scale = softmax_scale
         self.sliding_window = sliding_window
+        self.chunk_size = chunk_size
         self.logit_softcap = logit_softcap
         self.batch_invariant = batch_invariant
 
@@ -87,12 +104,17 @@ class Attention:
         """Views of the merged weights under the checkpoint's names."""
         yield from self.qkv_proj.named_weights()
         yield from self.o_proj.named_weights()
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.qk_norm != "unweighted" and self.q_norm is not None and self.k_norm is not None:
             yield "q_norm.weight", self.q_norm.weight
             yield "k_norm.weight", self.k_norm.weight
+        if self.sinks is not None:
+            yield "sinks", self.sinks
 
     def finish_loading(self) -> None:
         """See `Linear.finish_loading`."""
+        if self.qk_norm == "unweighted" and self.q_norm is not None and self.k_norm is not None:
+            self.q_norm.weight.fill_(1.0)
+            self.k_norm.weight.fill_(1.0)
         self.qkv_proj.finish_loading()
         self.o_proj.finish_loading()
 
@@ -218,7 +240,7 @@ class Attention:
         has_size = power_of_two >= 32
         if self.q_norm is not None:  # a program has the whole head
             has_size = self.head_dim in (32, 64, 128)
-        return has_whole_heads and has_size
+        return has_whole_heads and has_size and self.qk_norm != "projection"
 
     def _rotates_in_product(self, cos_sin: torch.Tensor | None) -> bool:
         """Whether rotation needs no more of a head than two halves of 16 columns and more."""
@@ -234,6 +256,14 @@ class Attention:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Queries for attention, new [T, Hq, D]; keys and values go to the cache."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if self.qk_norm == "projection" and q_norm is not None and k_norm is not None:
+            q_size, kv_size = (n * self.head_dim for n in (self.num_q_heads, self.num_kv_heads))
+            for norm, part in zip(
+                (q_norm, k_norm), qkv.split([q_size, kv_size, kv_size], dim=-1), strict=False
+            ):
+                part.copy_(norm(part))
+            q_norm = k_norm = None
         return dispatch.rope_write_kv(
             qkv,
             metadata,
@@ -243,8 +273,8 @@ class Attention:
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
-            k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
+            q_norm_weight=None if q_norm is None else q_norm.weight,
+            k_norm_weight=None if k_norm is None else k_norm.weight,
             norm_eps=self.norm_eps,
             norm_weight_offset=self.norm_offset,
         )
@@ -257,6 +287,9 @@ class Attention:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """What the output projection takes, new [T, Hq D]."""
+        if self.query_scales is not None:
+            scales = self.query_scales.index_select(0, metadata.positions)
+            q = (q * scales[:, None, None]).to(q.dtype)
         return dispatch.paged_attention(
             q,
             k_cache,
@@ -266,4 +299,6 @@ class Attention:
             sliding_window=self.sliding_window,
             logit_softcap=self.logit_softcap,
             batch_invariant=self.batch_invariant,
+            sinks=self.sinks,
+            chunk_size=self.chunk_size,
         )

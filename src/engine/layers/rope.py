@@ -142,9 +142,9 @@ def _yarn(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:
     if attention_factor is None:
         numerator, denominator = extra.get("mscale"), extra.get("mscale_all_dim")
         if numerator and denominator:
-            attention_factor = _yarn_mscale(factor, numerator) / _yarn_mscale(factor, denominator)
+            attention_factor = yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
         else:
-            attention_factor = _yarn_mscale(factor, 1.0)
+            attention_factor = yarn_mscale(factor, 1.0)
 
     def pair_with_rotations(num_rotations: float) -> float:
         """Index of the pair that turns so often within the original context."""
@@ -166,7 +166,8 @@ def _yarn(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:
     return stretched * (1 - share_kept) + kept * share_kept, float(attention_factor)
 
 
-def _yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Factor on cos and sin for a context that became `factor` times longer."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import CheckpointError, UnsupportedModelError, nearest_name_hint
 from engine.loader.folder import INDEX_FILE, SINGLE_FILE, read_weight_map
 from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix
-from engine.loader.gguf_names import hf_tensor_names, interleaved_view, num_interleaved_heads
+from engine.loader.gguf_config import GGUFKeys, gguf_architecture
+from engine.loader.gguf_names import (
+    StoredTensor,
+    hf_tensors,
+    interleaved_view,
+    num_interleaved_heads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -182,11 +188,16 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, file: GGUFFile, config: Mapping[str, Any]) -> None:
         self._file = file
-        self._architecture = str(file.metadata.get("general.architecture"))
+        keys = GGUFKeys(file)
+        self._architecture = gguf_architecture(keys)
         self._num_q_heads: int = config["num_attention_heads"]
         self._num_kv_heads: int = config["num_key_value_heads"]
-        self._gguf_names = hf_tensor_names(file.tensors, self._architecture)
-        self._shapes = {name: file.tensors[raw].shape for name, raw in self._gguf_names.items()}
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        self._stored = hf_tensors(shapes, keys.architecture, self._architecture)
+        self._shapes = {
+            name: _shape_within(name, shapes[stored.name], stored)
+            for name, stored in self._stored.items()
+        }
         self._is_closed = False
 
     def names(self) -> Mapping[str, tuple[int, ...]]:
@@ -195,27 +206,31 @@ class GGUFCheckpoint(Checkpoint):
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Dequantise a tensor into `out`; see `Checkpoint.read_into`."""
-        gguf_name = self._gguf_names.get(name)
-        if gguf_name is None:
+        stored = self._stored.get(name)
+        if stored is None:
             _no_tensor(name, self._shapes, self._file.path)
         _check_shape(name, self._shapes[name], out, self._file.path)
         if self._is_closed:
             msg = f"{self._file.path} was closed; tensor {name!r} cannot be read any more."
             raise CheckpointError(msg)
-        num_heads = self._num_interleaved_heads(gguf_name)
+        num_heads = self._num_interleaved_heads(stored.name)
         with torch.no_grad():
-            self._file.read_into(gguf_name, interleaved_view(out, num_heads) if num_heads else out)
+            target = interleaved_view(out, num_heads) if num_heads else out
+            self._file.read_into(stored.name, target, index=stored.expert)
+            if self._architecture.norm_offset and name.endswith("norm.weight"):
+                # Stored as 1 + weight.
+                out -= self._architecture.norm_offset
 
     def quantised(self, name: str) -> QuantisedMatrix | None:
         """A Q4_0, Q4_1 or Q8_0 matrix in its blocks; None for other tensors."""
-        gguf_name = self._gguf_names.get(name)
-        if gguf_name is None or len(self._shapes[name]) != 2:
+        stored = self._stored.get(name)
+        if stored is None or stored.expert is not None or len(self._shapes[name]) != 2:
             return None
-        type_name = self._file.tensors[gguf_name].ggml_type.name
+        type_name = self._file.tensors[stored.name].ggml_type.name
         if type_name not in BITS_OF_TYPE:
             return None
-        num_heads = self._num_interleaved_heads(gguf_name)
-        return QuantisedMatrix(self._file.raw(gguf_name), type_name, num_heads)
+        num_heads = self._num_interleaved_heads(stored.name)
+        return QuantisedMatrix(self._file.raw(stored.name), type_name, num_heads)
 
     def close(self) -> None:
         """Read nothing more. The file stays open: tokenizer and embedding may still need it."""
@@ -256,6 +271,14 @@ class DummyCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _shape_within(name: str, shape: tuple[int, ...], stored: StoredTensor) -> tuple[int, ...]:
+    """Shape of one of Hugging Face's tensors within a stored tensor of `shape`."""
+    if stored.expert is not None:
+        return shape[1:]
+    # A matrix of one row, which files have as a vector.
+    return (1, *shape) if name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -1,12 +1,11 @@
 """GGUF metadata, as the config dict a Hugging Face folder would have in `config.json`.
 
-An architecture is a row of `ARCHITECTURES`. Key names are those of the GGUF specification
-(ggml-org/ggml, docs/gguf.md) and of the `gguf` package's constants.
+An architecture is a row of `gguf_architectures.ARCHITECTURES`. Key names are those of the GGUF
+specification (ggml-org/ggml, docs/gguf.md) and of the `gguf` package's constants.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -14,43 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.loader.gguf_architectures import ARCHITECTURES, GGUFArchitecture
 from engine.loader.gguf_rope import rope_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from engine.loader.gguf_file import GGUFFile
 
 
-@dataclasses.dataclass(frozen=True)
-class GGUFArchitecture:
-    """What distinguishes one GGUF architecture's config from the next.
-
-    Attributes:
-        model_type: Hugging Face's name of the family.
-        hf_architecture: Hugging Face's class name.
-        states_biases: Whether its config says if attention and MLP have biases. Where not, they
-            follow from the family.
-        with_window: The architecture of a file that has a sliding window, None where that is not
-            supported.
-    """
-
-    model_type: str
-    hf_architecture: str
-    states_biases: bool = True
-    with_window: GGUFArchitecture | None = None
-
-
-ARCHITECTURES: Final[Mapping[str, GGUFArchitecture]] = {
-    # Mistral's models are stored as `llama`; as configs the two differ in the window only.
-    "llama": GGUFArchitecture(
-        "llama",
-        "LlamaForCausalLM",
-        with_window=GGUFArchitecture("mistral", "MistralForCausalLM", states_biases=False),
-    ),
-    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", states_biases=False),
-    "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM"),
-}
 REFUSED_KEYS: Final = (
     "expert_count",
     "logit_scale",
@@ -63,7 +32,7 @@ REFUSED_KEYS: Final = (
     "attention.max_alibi_bias",
     "attention.temperature_length",
 )
-"""Features that change what the weights mean and that no architecture above has."""
+"""Features that change what the weights mean, refused where the architecture does not read them."""
 END_OF_TURN_TOKENS: Final = frozenset(
     {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>"}
 )
@@ -136,7 +105,8 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         CheckpointError: Metadata is missing or makes no sense.
     """
     keys = GGUFKeys(file)
-    _refuse_features(keys)
+    architecture = gguf_architecture(keys)
+    _refuse_features(keys, architecture)
     num_q_heads = keys.count("attention.head_count")
     hidden_size = keys.count("embedding_length")
     head_dim = keys.count("attention.key_length", hidden_size // num_q_heads)
@@ -155,10 +125,13 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_parameters": rope_parameters(keys, head_dim),
+        "rope_parameters": rope_parameters(
+            keys, head_dim, may_turn_partly=architecture.turns_partly
+        ),
         "dtype": _stored_dtype(file),
-        **_architecture_entries(keys),
+        **_architecture_entries(keys, architecture),
     }
+    config |= architecture.entries(keys, config)
     vocab_size = config["vocab_size"]
     for entry, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token_id = _token_id(file, key, vocab_size)
@@ -187,9 +160,19 @@ def gguf_eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token_ids))
 
 
-def _refuse_features(keys: GGUFKeys) -> None:
+def gguf_architecture(keys: GGUFKeys) -> GGUFArchitecture:
+    """The row of `ARCHITECTURES` for this file; those of one name may differ in features."""
+    architecture = ARCHITECTURES[keys.architecture]
+    if keys.get("expert_count") and architecture.with_experts is not None:
+        return architecture.with_experts
+    if keys.get("attention.sliding_window") and architecture.with_window is not None:
+        return architecture.with_window
+    return architecture
+
+
+def _refuse_features(keys: GGUFKeys, architecture: GGUFArchitecture) -> None:
     for key in REFUSED_KEYS:
-        if keys.get(key):
+        if keys.get(key) and key not in architecture.reads:
             msg = (
                 f"{keys.file.path}: {keys.architecture}.{key}={keys.get(key)!r} is a feature that "
                 f"is not supported in GGUF files of the architecture {keys.architecture!r}."
@@ -204,17 +187,18 @@ def _refuse_features(keys: GGUFKeys) -> None:
         raise UnsupportedModelError(msg)
 
 
-def _architecture_entries(keys: GGUFKeys) -> dict[str, Any]:
+def _architecture_entries(keys: GGUFKeys, architecture: GGUFArchitecture) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    architecture = ARCHITECTURES[keys.architecture]
-    if keys.get("attention.sliding_window"):
-        if architecture.with_window is None:
+    if (
+        keys.get("attention.sliding_window")
+        and "attention.sliding_window" not in architecture.reads
+    ):
+        if architecture != ARCHITECTURES[keys.architecture].with_window:
             msg = (
                 f"{keys.file.path}: a sliding window is not supported in GGUF files of the "
                 f"architecture {keys.architecture!r}."
             )
             raise UnsupportedModelError(msg)
-        architecture = architecture.with_window
         entries["sliding_window"] = keys.count("attention.sliding_window")
     if architecture.states_biases:
         entries["attention_bias"] = "blk.0.attn_q.bias" in keys.file.tensors

@@ -105,7 +105,7 @@ class GGUFFile:
         self.read_into(name, out)
         return out
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
+    def read_into(self, name: str, out: torch.Tensor, *, index: int | None = None) -> None:
         """Dequantise a tensor into `out`, a megabyte of fp32 at a time.
 
         Args:
@@ -115,24 +115,26 @@ class GGUFFile:
                 rows in another order passes a permuted view, whose row-major order is the
                 file's.
 
+            index: Read that matrix of a tensor with three dimensions alone.
+
         Raises:
             CheckpointError: There is no such tensor, or `out` has another number of elements or
                 another row length.
             UnsupportedModelError: Its encoding cannot be decoded.
         """
         info = self._info(name)
-        if out.numel() != math.prod(info.shape) or (
-            len(info.shape) > 1 and out.shape[-1] != info.shape[-1]
-        ):
+        shape = info.shape if index is None else info.shape[1:]
+        if out.numel() != math.prod(shape) or (len(shape) > 1 and out.shape[-1] != shape[-1]):
             msg = (
-                f"{self.path}: tensor {name!r} has shape {info.shape} in the file, but "
+                f"{self.path}: tensor {name!r} has shape {shape} in the file, but "
                 f"{tuple(out.shape)} is expected."
             )
             raise CheckpointError(msg)
         if len(info.shape) < 2:
             out.copy_(self._decode(info, self.raw(name)).view(out.shape))
             return
-        encoded = self.raw(name).reshape(-1, info.bytes_per_row)
+        raw = self.raw(name) if index is None else self.raw(name)[index]
+        encoded = raw.reshape(-1, info.bytes_per_row)
         rows_per_slice = math.prod(out.shape[1:-1])
         slices_per_chunk = max(1, _CHUNK_BYTES // (4 * rows_per_slice * info.shape[-1]))
         for start in range(0, out.shape[0], slices_per_chunk):

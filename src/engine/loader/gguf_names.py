@@ -1,9 +1,10 @@
 """GGUF tensor names and layouts, in Hugging Face's terms.
 
 llama.cpp rotates neighbouring pairs of a head's rows (interleaved rope) for the architecture
-`llama`, so its converter interleaves the two halves of every q and k head. Hugging Face's
-`rotate_half` wants the halves one after the other: loading undoes the interleaving. The other
-architectures here are stored as Hugging Face stores them.
+`llama` and its relatives, so its converter interleaves the two halves of every q and k head.
+Hugging Face's `rotate_half` wants the halves one after the other: loading undoes the interleaving.
+The other architectures here are stored as Hugging Face stores them. All experts of a layer are one
+tensor of three dimensions.
 
 Sources: tensor names from the GGUF specification (ggml-org/ggml, docs/gguf.md) and the `gguf`
 package's tensor map; the permutation from `LlamaModel.permute` in llama.cpp's converter.
@@ -11,15 +12,18 @@ package's tensor map; the permutation from `LlamaModel.permute` in llama.cpp's c
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
+
+    from engine.loader.gguf_architectures import GGUFArchitecture
 
 MODEL_NAMES: Final[Mapping[str, str]] = {
     "token_embd": "model.embed_tokens",
@@ -43,7 +47,6 @@ CONFIG_TENSORS: Final = frozenset(
     {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 )
 """Not weights: they become `rope_parameters` of the config."""
-INTERLEAVED_ARCHITECTURES: Final = frozenset({"llama"})
 
 _LAYER_TENSOR: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _MODEL_TENSOR: Final = re.compile(r"(\w+)\.(weight|bias)")
@@ -51,32 +54,53 @@ _MODEL_TENSOR: Final = re.compile(r"(\w+)\.(weight|bias)")
 _DERIVED_TENSOR: Final = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
 
 
-def hf_tensor_names(gguf_names: Iterable[str], architecture: str) -> dict[str, str]:
-    """Hugging Face name -> GGUF name of every weight.
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a file has one of Hugging Face's tensors.
+
+    Attributes:
+        name: GGUF's name.
+        expert: Which matrix of a tensor that has those of all experts; None for the whole tensor.
+    """
+
+    name: str
+    expert: int | None = None
+
+
+def hf_tensors(
+    shapes: Mapping[str, Sequence[int]], name: str, architecture: GGUFArchitecture
+) -> dict[str, StoredTensor]:
+    """Hugging Face name -> where it is, of every weight.
+
+    Args:
+        shapes: GGUF name -> shape of every tensor.
+        name: The architecture's, for messages.
+        architecture: Its row.
 
     Raises:
         UnsupportedModelError: A tensor has no known meaning. It is not passed over, since a model
             without one of its weights answers, but wrongly.
     """
-    names: dict[str, str] = {}
-    for gguf_name in gguf_names:
+    names: dict[str, StoredTensor] = {}
+    for gguf_name, shape in shapes.items():
         if gguf_name in CONFIG_TENSORS or _DERIVED_TENSOR.fullmatch(gguf_name):
             continue
-        hf_name = _hf_tensor_name(gguf_name)
+        hf_name = _hf_tensor_name(gguf_name, architecture)
         if hf_name is None:
-            msg = (
-                f"GGUF tensor {gguf_name!r} has no known meaning in the architecture "
-                f"{architecture!r}."
-            )
+            msg = f"GGUF tensor {gguf_name!r} has no known meaning in the architecture {name!r}."
             raise UnsupportedModelError(msg)
-        names[hf_name] = gguf_name
+        if "*" not in hf_name:
+            names[hf_name] = StoredTensor(gguf_name)
+            continue
+        for expert in range(shape[0]):
+            names[hf_name.replace("*", str(expert))] = StoredTensor(gguf_name, expert)
     return names
 
 
-def _hf_tensor_name(gguf_name: str) -> str | None:
+def _hf_tensor_name(gguf_name: str, architecture: GGUFArchitecture) -> str | None:
     if match := _LAYER_TENSOR.fullmatch(gguf_name):
         layer, module, kind = match.groups()
-        stem = LAYER_NAMES.get(module)
+        stem = architecture.layer_names.get(module, LAYER_NAMES.get(module))
         return stem and f"model.layers.{int(layer)}.{stem}.{kind}"
     if match := _MODEL_TENSOR.fullmatch(gguf_name):
         module, kind = match.groups()
@@ -86,10 +110,10 @@ def _hf_tensor_name(gguf_name: str) -> str | None:
 
 
 def num_interleaved_heads(
-    gguf_name: str, architecture: str, num_q_heads: int, num_kv_heads: int
+    gguf_name: str, architecture: GGUFArchitecture, num_q_heads: int, num_kv_heads: int
 ) -> int:
     """Heads whose rows this tensor stores interleaved; 0 if they are in Hugging Face's order."""
-    if architecture not in INTERLEAVED_ARCHITECTURES:
+    if not architecture.is_interleaved:
         return 0
     match = _LAYER_TENSOR.fullmatch(gguf_name)
     module = match.group(2) if match else ""

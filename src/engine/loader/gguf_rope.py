@@ -18,7 +18,9 @@ DEFAULT_THETA: Final = 10000.0
 _LLAMA3_BANDS: Final = (1.0, 4.0, 8192)
 
 
-def rope_parameters(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
+def rope_parameters(
+    keys: GGUFKeys, head_dim: int, *, may_turn_partly: bool = False
+) -> dict[str, Any]:
     """Type, base and scaling of the rotary embedding.
 
     Frequencies that a file gives as a tensor of divisors become the type "llama3" where they are
@@ -28,16 +30,18 @@ def rope_parameters(keys: GGUFKeys, head_dim: int) -> dict[str, Any]:
         UnsupportedModelError: An unknown scaling type, or heads that are rotated in part.
         CheckpointError: A value is missing or makes no sense.
     """
-    if keys.count("rope.dimension_count", head_dim) != head_dim:
+    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim and not may_turn_partly:
         msg = (
             f"{keys.file.path}: rope.dimension_count {keys.get('rope.dimension_count')} is not the "
             f"head size {head_dim}; heads that are rotated in part are not supported."
         )
         raise UnsupportedModelError(msg)
     theta = keys.number("rope.freq_base", DEFAULT_THETA)
-    return {"rope_theta": theta} | (
-        _divided_frequencies(keys, head_dim, theta) or _scaled_positions(keys)
-    )
+    parameters: dict[str, Any] = {"rope_theta": theta}
+    if rotary_dim != head_dim:
+        parameters["partial_rotary_factor"] = rotary_dim / head_dim
+    return parameters | (_divided_frequencies(keys, rotary_dim, theta) or _scaled_positions(keys))
 
 
 def _scaled_positions(keys: GGUFKeys) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def hub_folder(
     local_files_only: bool,
     is_complete: Callable[[Path], bool],
     with_weights: bool,
+    with_code: bool = False,
 ) -> Path:
     """The local folder of a repository's config, tokenizer and safetensors files.
 
@@ -50,11 +51,13 @@ def hub_folder(
         is_complete: Whether a cached folder has all that is needed. One that has not goes to the
             network.
         with_weights: Whether to download the weights too.
+        with_code: Whether to download Python code too. Nothing is run.
 
     Raises:
         ModelNotFoundError: Not in the cache and not to be had from the hub, with the reason.
     """
     patterns = _CONFIG_PATTERNS + (_WEIGHT_PATTERNS if with_weights else [])
+    patterns += ["*.py"] if with_code else []
     get = _snapshot(repo_id, revision, patterns, _IGNORED_PATTERNS)
     return _cached_or_fetched(repo_id, revision, local_files_only, get, is_complete)
 

@@ -96,6 +96,7 @@ def resolve_model(
     revision: str | None = None,
     local_files_only: bool = False,
     load_format: str = "auto",
+    with_code: bool = False,
 ) -> ModelFiles:
     """The files behind a model name.
 
@@ -106,6 +107,7 @@ def resolve_model(
         revision: Hub branch, tag or commit. Default: the default branch.
         local_files_only: Never ask the network. The hub's cache is always looked at first.
         load_format: "dummy" needs no weights, only `config.json`.
+        with_code: Whether Python code of a hub repository is fetched, too.
 
     Raises:
         ModelNotFoundError: The name leads nowhere; says what was looked for and where.
@@ -138,7 +140,7 @@ def resolve_model(
         looked_for.append("It is no packaged model and no hub id (org/name).")
         raise ModelNotFoundError(_not_found_message(name, path, looked_for))
     try:
-        path = _fetch(match, revision, local_files_only, load_format)
+        path = _fetch(match, revision, local_files_only, load_format, with_code)
     except ModelNotFoundError as error:
         looked_for.append(str(error))
         raise ModelNotFoundError(_not_found_message(name, path, looked_for)) from error.__cause__
@@ -160,7 +162,11 @@ def find_packaged(model: PackagedModel) -> Path | None:
 
 
 def _fetch(
-    match: re.Match[str], revision: str | None, local_files_only: bool, load_format: str
+    match: re.Match[str],
+    revision: str | None,
+    local_files_only: bool,
+    load_format: str,
+    with_code: bool,
 ) -> Path:
     """Local path of what a hub name means."""
     if match["file"] is not None:
@@ -172,8 +178,11 @@ def _fetch(
         match["repo"],
         revision=revision,
         local_files_only=local_files_only,
-        is_complete=lambda folder: _is_complete(folder, needs_weights),
+        is_complete=lambda folder: (
+            _is_complete(folder, needs_weights) and (not with_code or _has_its_code(folder))
+        ),
         with_weights=needs_weights,
+        with_code=with_code,
     )
 
 
@@ -186,6 +195,14 @@ def _is_complete(folder: Path, needs_weights: bool) -> bool:
         return bool(find_weight_files(folder))
     except UnsupportedModelError:
         return False
+
+
+def _has_its_code(folder: Path) -> bool:
+    """Whether the modules are there that its config names, in the repository itself."""
+    auto_map = read_json(folder / CONFIG_FILE).get("auto_map")
+    names = auto_map.values() if isinstance(auto_map, dict) else ()
+    modules = {str(name).split(".")[0] for name in names if "--" not in str(name)}
+    return all((folder / f"{module}.py").is_file() for module in modules)
 
 
 def _at_path(name: str, path: Path, load_format: str) -> ModelFiles:

@@ -8,6 +8,10 @@ from typing import Any, cast
 from engine.errors import UnsupportedModelError
 
 
+class NotNativeError(UnsupportedModelError):
+    """The decoder lacks what a config asks for; transformers' own code may have it."""
+
+
 class ConfigReader:
     """Reads keys of one config; a bad value raises with the key's name and the value.
 
@@ -16,15 +20,23 @@ class ConfigReader:
     Args:
         values: The config.
         owner: What it belongs to, for messages: the architecture's name.
+        spelling: How this config spells keys that are asked for under Llama's name.
     """
 
-    def __init__(self, values: Mapping[str, Any], owner: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], owner: str, spelling: Mapping[str, str] | None = None
+    ) -> None:
         self.values = values
         self.owner = owner
+        self._spelling = spelling or {}
+
+    def spelled(self, **spelling: str) -> ConfigReader:
+        """The same config, read by Llama's keys: `hidden_size="n_embd"`."""
+        return ConfigReader(self.values, self.owner, spelling)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is; `default` where absent."""
-        value = self.values.get(key)
+        value = self.values.get(self._spelling.get(key, key))
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -63,11 +75,17 @@ class ConfigReader:
 
     def error(self, key: str, problem: str) -> UnsupportedModelError:
         """`<owner> config: <key>=<value> <problem>.`, to be raised by the caller."""
-        return UnsupportedModelError(f"{self.owner} config: {key}={self.get(key)!r} {problem}.")
+        name = self._spelling.get(key, key)
+        return UnsupportedModelError(f"{self.owner} config: {name}={self.get(key)!r} {problem}.")
+
+    def not_native(self, key: str) -> NotNativeError:
+        """The error for a value that asks for something the decoder does not have."""
+        problem = "is nothing that the engine's own decoder does"
+        return NotNativeError(str(self.error(key, problem)))
 
     def _required(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            msg = f"{self.owner} config: {key!r} is missing."
+            msg = f"{self.owner} config: {self._spelling.get(key, key)!r} is missing."
             raise UnsupportedModelError(msg)
         return value

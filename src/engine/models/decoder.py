@@ -16,12 +16,11 @@ from device data, so it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from engine.errors import CheckpointError
 from engine.kernels import dispatch, few_row_tiles, fused_tiles
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
@@ -29,25 +28,18 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear, TiedLinear, can_pack
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.norm_kinds import NoNorm, Norm
 from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
+from engine.models.layer_parts import PartOptions, make_attention, make_feed_forward, make_norm
 from engine.models.quantised_loading import QuantisedSource, load_quantised
+from engine.models.weight_loading import WeightSource, load_weights
 
 if TYPE_CHECKING:
     from engine.kernels.persistent_step import PersistentStep
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
-
-
-class WeightSource(Protocol):
-    """What `Decoder.load` needs of a checkpoint."""
-
-    def names(self) -> Mapping[str, Sequence[int]] | None:
-        """Tensor name -> shape; None where every name exists in every shape (random weights)."""
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out`, a contiguous view in its final place, converting to its dtype and device."""
 
 
 class DecoderLayer:
@@ -56,57 +48,24 @@ class DecoderLayer:
     Args:
         config: The model.
         index: Of this layer, from 0.
-        device: Where the weights live.
-        dtype: Of weights and activations.
-        batch_invariant: As in `Linear`.
+        options: What its parts are made with.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        index: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_invariant: bool,
-    ) -> None:
-        def norm() -> RMSNorm:
-            return RMSNorm(
-                config.hidden_size,
-                eps=config.norm_eps,
-                offset=config.norm_offset,
-                device=device,
-                dtype=dtype,
-            )
+    def __init__(self, config: DecoderConfig, index: int, options: PartOptions) -> None:
+        def norm(*places: str) -> Norm:
+            if config.norm_places not in places:
+                return NoNorm()
+            return make_norm(config, options)
 
-        self.attention = Attention(
-            config.hidden_size,
-            num_q_heads=config.num_q_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm_eps=config.norm_eps if config.has_qk_norm else None,
-            norm_offset=config.norm_offset,
-            softmax_scale=config.softmax_scale,
-            sliding_window=config.sliding_windows[index],
-            logit_softcap=config.attention_softcap,
-            device=device,
-            dtype=dtype,
-            batch_invariant=batch_invariant,
-        )
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            device=device,
-            dtype=dtype,
-            batch_invariant=batch_invariant,
-        )
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.post_attention_norm = norm() if config.has_post_norms else None
-        self.post_mlp_norm = norm() if config.has_post_norms else None
+        self.attention = make_attention(config, index, options)
+        self.mlp = make_feed_forward(config, index, options)
+        self.attention_norm = norm("before", "around", "parallel", "parallel_shared")
+        self.mlp_norm = norm("before", "around", "parallel")
+        self.post_attention_norm = norm("around", "after")
+        self.post_mlp_norm = norm("around", "after")
         self.residual_scale = config.residual_scale
+        self.norm_places = config.norm_places
+        self.is_parallel = config.is_parallel
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under the checkpoint's name within the layer."""
@@ -114,13 +73,20 @@ class DecoderLayer:
             yield f"self_attn.{name}", weight
         for name, weight in self.mlp.named_weights():
             yield f"mlp.{name}", weight
-        yield "input_layernorm.weight", self.attention_norm.weight
-        if self.post_attention_norm is None or self.post_mlp_norm is None:
-            yield "post_attention_layernorm.weight", self.mlp_norm.weight
-        else:
-            yield "post_attention_layernorm.weight", self.post_attention_norm.weight
-            yield "pre_feedforward_layernorm.weight", self.mlp_norm.weight
-            yield "post_feedforward_layernorm.weight", self.post_mlp_norm.weight
+        # Where there are norms after the halves, checkpoints call the first of them as others call
+        # the one before the feed-forward.
+        has_post_norms = self.norm_places in ("around", "after")
+        for stem, norm in (
+            ("input_layernorm", self.attention_norm),
+            ("post_attention_layernorm", self.post_attention_norm),
+            (
+                "pre_feedforward_layernorm" if has_post_norms else "post_attention_layernorm",
+                self.mlp_norm,
+            ),
+            ("post_feedforward_layernorm", self.post_mlp_norm),
+        ):
+            for kind, weight in norm.named_weights():
+                yield f"{stem}.{kind}", weight
 
     def finish_loading(self) -> None:
         """See `Linear.finish_loading`."""
@@ -145,6 +111,9 @@ class DecoderLayer:
             metadata: Layout of the batch.
         """
         y = self.attention(x, cos_sin, *kv_cache, metadata)
+        if self.is_parallel:
+            y += self.mlp(self.mlp_norm(hidden) if self.norm_places == "parallel" else x)
+            return self._before_residual(y, self.post_mlp_norm)
         y = self._before_residual(y, self.post_attention_norm)
         x, hidden = self.mlp_norm.add(y, hidden)
         return self._before_residual(self.mlp(x), self.post_mlp_norm)
@@ -157,7 +126,14 @@ class DecoderLayer:
         kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """The whole layer on `hidden`, in place; `squares` of the old and of the new `hidden`."""
+        """The whole layer on `hidden`, in place; `squares` of the old and of the new `hidden`.
+
+        Only for layers that `can_fuse` accepts.
+        """
+        assert isinstance(self.attention, Attention)
+        assert isinstance(self.mlp, GatedMLP)
+        assert isinstance(self.attention_norm, RMSNorm)
+        assert isinstance(self.mlp_norm, RMSNorm)
         squares = self.attention.fused(
             hidden, squares, self.attention_norm, cos_sin, *kv_cache, metadata
         )
@@ -168,7 +144,7 @@ class DecoderLayer:
         x: torch.Tensor,
         squares: torch.Tensor,
         hidden: torch.Tensor,
-        next_norm: RMSNorm,
+        next_norm: Norm,
         cos_sin: torch.Tensor | None,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
@@ -178,14 +154,18 @@ class DecoderLayer:
         Returns:
             (hidden times the weight of `next_norm`, parts of its rows' sums of squares), new.
         """
+        assert isinstance(self.attention, Attention)
+        assert isinstance(self.mlp, GatedMLP)
+        assert isinstance(self.attention_norm, RMSNorm)
+        assert isinstance(self.mlp_norm, RMSNorm)
+        assert isinstance(next_norm, RMSNorm)
         x, squares = self.attention.weighed(
             x, squares, hidden, self.attention_norm, self.mlp_norm, cos_sin, *kv_cache, metadata
         )
         return self.mlp.weighed(x, squares, hidden, self.mlp_norm, next_norm)
 
-    def _before_residual(self, y: torch.Tensor, post_norm: RMSNorm | None) -> torch.Tensor:
-        if post_norm is not None:
-            y = post_norm(y)
+    def _before_residual(self, y: torch.Tensor, post_norm: Norm) -> torch.Tensor:
+        y = post_norm(y)
         if self.residual_scale != 1.0:
             y *= self.residual_scale
         return y
@@ -220,6 +200,7 @@ class Decoder:
         self.dtype = dtype
         self.max_model_len = max_model_len or config.max_position_embeddings
         self.step_rows = StepRows()
+        options = PartOptions(device, dtype, batch_invariant, self.max_model_len)
         self.embedding = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -227,17 +208,13 @@ class Decoder:
             device=device,
             dtype=dtype,
         )
-        self.layers = [
-            DecoderLayer(config, index, device, dtype, batch_invariant)
-            for index in range(config.num_layers)
-        ]
-        self.norm = RMSNorm(
-            config.hidden_size,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-            device=device,
-            dtype=dtype,
-        )
+        self.layers = [DecoderLayer(config, index, options) for index in range(config.num_layers)]
+        self.norm = make_norm(config, options)
+        self.position_embedding = None
+        if config.num_learned_positions:
+            self.position_embedding = Embedding(
+                config.num_learned_positions, config.hidden_size, device=device, dtype=dtype
+            )
         if config.tie_word_embeddings:
             self.lm_head: Linear = TiedLinear(
                 self.embedding.weight, batch_invariant=batch_invariant
@@ -246,12 +223,14 @@ class Decoder:
             self.lm_head = Linear(
                 config.hidden_size,
                 {"lm_head": config.vocab_size},
+                bias=config.lm_head_bias,
                 device=device,
                 dtype=dtype,
                 batch_invariant=batch_invariant,
             )
+        rope_head_dim = config.head_dim if config.latent is None else config.latent.rope_dim
         self.cos_sin = {
-            rope: build_cos_sin(rope, config.head_dim, self.max_model_len, device)
+            rope: build_cos_sin(rope, rope_head_dim, self.max_model_len, device)
             for rope in set(config.ropes)
             if rope is not None
         }
@@ -268,11 +247,6 @@ class Decoder:
             (layer, next_norm, None if rope is None else self.cos_sin[rope])
             for layer, next_norm, rope in zip(self.layers, next_norms, config.ropes, strict=True)
         ]
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers in the checkpoint, tied ones once."""
-        return self.config.num_parameters
 
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
         """Shape of one layer's `k_cache`, and of its `v_cache`."""
@@ -301,20 +275,14 @@ class Decoder:
         Raises:
             CheckpointError: Tensors are missing, unknown or of the wrong shape; nothing was read.
         """
-        names = checkpoint.names()
-        prefix = "model."
-        if names is not None:
-            if "embed_tokens.weight" in names:
-                prefix = ""
-            self._check_names(names, prefix)
-        loaded = (
-            set() if quantised is None else load_quantised(self, quantised, prefix, self.step_rows)
-        )
+        family = load_weights(self, checkpoint)
+        loaded: set[str] = set()
+        if quantised is not None and self.config.weight_names == "llama":
+            loaded = load_quantised(self, quantised, family.prefix, self.step_rows)
         for group, weights in self._groups():
             for name, view in weights:
-                if name.removeprefix("model.") in loaded:
-                    continue
-                checkpoint.read_into(_checkpoint_name(name, prefix), view)
+                if name.removeprefix("model.") not in loaded:
+                    family.read_into(name, view)
             if isinstance(group, DecoderLayer | Linear):
                 group.finish_loading()
 
@@ -343,6 +311,8 @@ class Decoder:
         if self._max_weighed_tokens >= input_ids.shape[0]:
             return self._forward_weighed(input_ids, kv_caches, metadata)
         hidden = self.embedding(input_ids)  # [T, H], the residual stream from here on
+        if self.position_embedding is not None:
+            hidden += self.position_embedding(metadata.positions)
         x = self.layers[0].attention_norm(hidden)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             y = layer(x, hidden, cos_sin, kv_cache, metadata)
@@ -385,7 +355,9 @@ class Decoder:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`forward` with norms, rotation, activations and residual sums in the products' ends."""
-        hidden, x, squares = self.embedding.weighed(input_ids, self.layers[0].attention_norm)
+        first_norm = self.layers[0].attention_norm
+        assert isinstance(first_norm, RMSNorm)
+        hidden, x, squares = self.embedding.weighed(input_ids, first_norm)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
             x, squares = layer.weighed(x, squares, hidden, next_norm, cos_sin, kv_cache, metadata)
         return self.norm(hidden)
@@ -412,42 +384,17 @@ class Decoder:
     def _groups(
         self,
     ) -> Iterator[
-        tuple[DecoderLayer | Linear | Embedding | RMSNorm, Iterator[tuple[str, torch.Tensor]]]
+        tuple[DecoderLayer | Linear | Embedding | Norm, Iterator[tuple[str, torch.Tensor]]]
     ]:
         """Each part of the model with its weights under full names, in checkpoint order."""
         yield self.embedding, _prefixed("model.embed_tokens.", self.embedding.named_weights())
+        if self.position_embedding is not None:
+            positions = self.position_embedding
+            yield positions, _prefixed("model.embed_positions.", positions.named_weights())
         for index, layer in enumerate(self.layers):
             yield layer, _prefixed(f"model.layers.{index}.", layer.named_weights())
         yield self.norm, _prefixed("model.norm.", self.norm.named_weights())
         yield self.lm_head, self.lm_head.named_weights()
-
-    def _check_names(self, names: Mapping[str, Sequence[int]], prefix: str) -> None:
-        expected = {
-            _checkpoint_name(name, prefix): tuple(view.shape) for name, view in self.named_weights()
-        }
-        if missing := expected.keys() - names.keys():
-            msg = f"The checkpoint lacks {_listing(missing)}, which {self.config.architecture} has."
-            raise CheckpointError(msg)
-        unknown = {name for name in names.keys() - expected.keys() if not self._is_spare(name)}
-        if unknown:
-            msg = (
-                f"The checkpoint has {_listing(unknown)}, which {self.config.architecture} with "
-                "this config does not use: config.json and weights do not belong together."
-            )
-            raise CheckpointError(msg)
-        for name, shape in expected.items():
-            if tuple(names[name]) != shape:
-                msg = (
-                    f"Tensor {name!r} has shape {tuple(names[name])} in the checkpoint; the "
-                    f"config asks for {shape}."
-                )
-                raise CheckpointError(msg)
-
-    def _is_spare(self, name: str) -> bool:
-        """Whether a checkpoint may hold this tensor although nothing reads it."""
-        if name == "lm_head.weight":
-            return self.config.tie_word_embeddings
-        return name.endswith("rotary_emb.inv_freq")
 
 
 def can_fuse(config: DecoderConfig, dtype: torch.dtype) -> bool:
@@ -456,14 +403,28 @@ def can_fuse(config: DecoderConfig, dtype: torch.dtype) -> bool:
     Not where something stands between a product and the residual stream. In float32, without
     tensor cores, nothing was measured.
     """
-    has_plain_sums = not config.has_post_norms and config.residual_scale == 1.0
-    return has_plain_sums and dtype.itemsize == 2
+    is_plain = (
+        config.norm_kind == "rms"
+        and config.norm_places == "before"
+        and config.mlp_kind == "gated"
+        and config.latent is None
+        and not config.num_learned_positions
+        and not any(config.experts)
+        and config.residual_scale == 1.0
+    )
+    return is_plain and dtype.itemsize == 2
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Numbers in the checkpoint, tied ones once, known before anything is allocated."""
+    model = Decoder(config, torch.device("meta"), torch.float32, max_model_len=1)
+    return sum(weight.numel() for _, weight in model.named_weights())
 
 
 def weight_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Memory that the loaded weights of a model take, known before anything is allocated."""
     probe = torch.empty(0, device=device, dtype=dtype)
-    numbers = config.num_parameters
+    numbers = num_parameters(config)
     if config.tie_word_embeddings and can_pack(probe):
         numbers += config.vocab_size * config.hidden_size  # the output projection's own layout
     return numbers * dtype.itemsize
@@ -473,13 +434,3 @@ def _prefixed(
     prefix: str, weights: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     return ((prefix + name, weight) for name, weight in weights)
-
-
-def _checkpoint_name(name: str, prefix: str) -> str:
-    """`name` as the checkpoint spells it: with "model." or, for a bare model, without."""
-    return prefix + name.removeprefix("model.") if name.startswith("model.") else name
-
-
-def _listing(names: set[str], limit: int = 4) -> str:
-    shown = ", ".join(map(repr, sorted(names)[:limit]))
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -25,8 +25,8 @@ from engine.layers.layer_norm import LayerNorm
 from engine.layers.linear import Linear
 from engine.layers.packed_attention import PositionBias, packed_attention
 from engine.layers.rope import build_cos_sin
-from engine.models.decoder import WeightSource
 from engine.models.encoder_config import EncoderConfig
+from engine.models.weight_loading import WeightSource
 
 _MAX_BUCKET_DISTANCE = 128
 

@@ -14,8 +14,10 @@ from engine.kernels.persistent_step import (
     PersistentStep,
     PersistentTiles,
 )
+from engine.layers.attention import Attention
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder, DecoderLayer
@@ -55,7 +57,7 @@ def persistent_step(
         has_qkv_bias=config.qkv_bias,
         has_output_bias=config.output_bias,
         has_mlp_bias=config.mlp_bias,
-        has_head_norms=config.has_qk_norm,
+        has_head_norms=set(config.qk_norms) == {"head"},
     )
     tables = [None if rope is None else decoder.cos_sin[rope] for rope in config.ropes]
     turns_whole_heads = all(
@@ -63,11 +65,14 @@ def persistent_step(
     )
     if not (shape.is_supported and turns_whole_heads and _has_relaxed_loads(decoder.device)):
         return None
-    if not all(_has_plain_weights(layer) for layer in decoder.layers):
+    has_known_norms = set(config.qk_norms) in ({""}, {"head"})
+    if not has_known_norms or not all(_has_plain_weights(layer) for layer in decoder.layers):
         return None
     rows = [
-        (_tensors(layer, table, *caches), layer.attention.sliding_window or 0)
-        for layer, table, caches in zip(decoder.layers, tables, kv_caches, strict=True)
+        (_tensors(layer, table, *caches), window or 0)
+        for layer, table, caches, window in zip(
+            decoder.layers, tables, kv_caches, config.sliding_windows, strict=True
+        )
     ]
     embedding = decoder.embedding
     return PersistentStep(shape, rows, embedding.weight, embedding.scale, tiles)
@@ -81,7 +86,10 @@ def _has_relaxed_loads(device: torch.device) -> bool:
 def _has_plain_weights(layer: DecoderLayer) -> bool:
     """Whether the layer is made of the parts the kernel knows, in their plain form."""
     attention, mlp = layer.attention, layer.mlp
-    if type(mlp) is not GatedMLP:
+    if type(mlp) is not GatedMLP or type(attention) is not Attention:
+        return False
+    additions = (attention.sinks, attention.chunk_size, attention.query_scales)
+    if any(addition is not None for addition in additions):
         return False
     linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
     return all(type(linear) is Linear and linear.packed is None for linear in linears)
@@ -95,6 +103,10 @@ def _tensors(
 ) -> list[torch.Tensor | None]:
     """In the order of `persistent_decode`'s fields."""
     attention, mlp = layer.attention, layer.mlp
+    assert isinstance(attention, Attention)
+    assert isinstance(mlp, GatedMLP)
+    assert isinstance(layer.attention_norm, RMSNorm)
+    assert isinstance(layer.mlp_norm, RMSNorm)
     return [
         layer.attention_norm.weight,
         attention.qkv_proj.weight,

@@ -19,9 +19,9 @@ from engine.errors import CheckpointError
 from engine.kernels.packed_texts import PackedTexts
 from engine.layers.layer_norm import LayerNorm
 from engine.layers.linear import Linear
-from engine.models.decoder import WeightSource
 from engine.models.encoder import activate
 from engine.models.encoder_config import HeadConfig
+from engine.models.weight_loading import WeightSource
 
 POOLING_MODES = ("cls", "last", "mean", "max", "mean_sqrt_len", "weighted_mean")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from engine.layers.mlp import GatedMLP
 from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear, StepRows
 from engine.layers.quantised_weights import (
     EightBitWeight,
@@ -15,6 +16,7 @@ from engine.layers.quantised_weights import (
     has_eight_bit_product,
     has_four_bit_product,
 )
+from engine.models.description import DecoderConfig
 
 if TYPE_CHECKING:
     from engine.layers.linear import Linear
@@ -71,6 +73,16 @@ class QuantisedSource(Protocol):
         """As in `WeightSource`."""
 
 
+def takes_quantised(config: object) -> bool:
+    """Whether a model has a place for quantised weights, given its config.
+
+    Not yet for experts, nor for weights that a family merges in its own way: they are expanded.
+    """
+    if not isinstance(config, DecoderConfig):
+        return False
+    return config.weight_names == "llama" and not any(config.experts)
+
+
 def can_run_quantised() -> bool:
     """Whether this machine has the products for quantised weights."""
     return has_four_bit_product() and has_eight_bit_product()
@@ -119,8 +131,9 @@ def _linears(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
         stem = f"layers.{index}."
         yield layer.attention, "qkv_proj", f"{stem}self_attn."
         yield layer.attention, "o_proj", f"{stem}self_attn."
-        yield layer.mlp, "gate_up_proj", f"{stem}mlp."
-        yield layer.mlp, "down_proj", f"{stem}mlp."
+        if isinstance(layer.mlp, GatedMLP):
+            yield layer.mlp, "gate_up_proj", f"{stem}mlp."
+            yield layer.mlp, "down_proj", f"{stem}mlp."
 
 
 def _load_ends(

@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import CapacityError
 from engine.kernels.metadata import AttentionMetadata
-from engine.models.decoder import Decoder
+from engine.models.any_model import AnyModel
 
 _CPU_DEFAULT_LIMIT_BYTES = 1 << 30
 
@@ -125,7 +125,7 @@ def _gpu_budget(config: EngineConfig, device: torch.device, run_step: Callable[[
     return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes
 
 
-def run_largest_step(model: Decoder, num_tokens: int, num_seqs: int, block_size: int) -> None:
+def run_largest_step(model: AnyModel, num_tokens: int, num_seqs: int, block_size: int) -> None:
     """Run the largest step once, eagerly, on throw-away KV blocks.
 
     Args:

@@ -21,6 +21,7 @@ import torch
 from engine.config import ResolvedConfig
 from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
+from engine.models.any_model import AnyModel
 from engine.models.decoder import Decoder
 from engine.runner.free_cores import ThreadChooser
 from engine.runner.graph_launcher import GraphLauncher
@@ -55,7 +56,7 @@ class ModelRunner:
         table: The scheduler's sequence state; read, never written.
     """
 
-    def __init__(self, model: Decoder, config: ResolvedConfig, table: SequenceTable) -> None:
+    def __init__(self, model: AnyModel, config: ResolvedConfig, table: SequenceTable) -> None:
         self._model = model
         self._config = config
         self._table = table
@@ -77,7 +78,8 @@ class ModelRunner:
                 self.sampler.tables.settings,
                 config.device,
             )
-            if not config.requested.enforce_eager:
+            # The code of transformers' models may look at the device's data; a graph cannot.
+            if isinstance(model, Decoder) and not config.requested.enforce_eager:
                 # Imports triton: 66 MiB and a tenth of a second that a CPU does not need.
                 from engine.runner.captured_steps import CapturedSteps
 
@@ -308,7 +310,7 @@ class ModelRunner:
 
 
 def allocate_kv_caches(
-    model: Decoder, config: ResolvedConfig
+    model: AnyModel, config: ResolvedConfig
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """K and V of each layer, [num_blocks, block_size, num_kv_heads, head_dim], not initialised.
 

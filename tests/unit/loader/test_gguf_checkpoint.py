@@ -25,12 +25,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import CheckpointError, UnsupportedModelError
 from engine.loader.checkpoint import open_checkpoint
-from engine.loader.gguf_config import ARCHITECTURES
+from engine.loader.gguf_architectures import ARCHITECTURES as ROWS
 from engine.loader.gguf_file import GGUFFile
-from engine.loader.gguf_names import hf_tensor_names
+from engine.loader.gguf_names import StoredTensor, hf_tensors
 from engine.loader.resolve import resolve_model
 
 Q = GGMLQuantizationType
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # the others: tests/models/test_gguf_families.py
 
 
 def config_of(architecture: str, **changes: Any) -> PreTrainedConfig:
@@ -201,7 +202,7 @@ def test_rope_scaling(tmp_path: Path, metadata: dict[str, Any], expected: dict[s
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "llama.expert_count=8"),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0"),
         ({"llama.attention.value_length": 8}, "of different sizes"),
         ({"llama.rope.dimension_count": 8}, "rotated in part"),
         ({"llama.rope.scaling.type": "magic"}, "rope scaling 'magic'"),
@@ -270,7 +271,9 @@ def test_unknown_tensors_are_not_passed_over(tmp_path: Path) -> None:
 
 def test_derived_tensors_are_passed_over() -> None:
     names = ["rope_freqs.weight", "blk.0.attn_rot_embd.weight", "output.weight"]
-    assert hf_tensor_names(names, "llama") == {"lm_head.weight": "output.weight"}
+    shapes = dict.fromkeys(names, (4, 4))
+    found = hf_tensors(shapes, "llama", ROWS["llama"])
+    assert found == {"lm_head.weight": StoredTensor("output.weight")}
 
 
 def test_rows_of_a_merged_weight_can_be_filled(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""`MixtureOfExperts`: a feed-forward half whose tokens choose among many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels import dispatch
+from engine.kernels.moe_reference import (
+    Routing,
+    expert_activation,
+    sigmoid_by_row,
+    sum_of_experts,
+)
+from engine.layers.linear import Linear, can_pack, packed_linear
+from engine.layers.mlp import GatedMLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """One layer's experts.
+
+    Attributes:
+        num_experts: E.
+        intermediate_size: I, width of one expert.
+        routing: How tokens choose.
+        activation: One of `moe_reference.EXPERT_ACTIVATIONS`.
+        swiglu_limit: Bound of "clamped_swiglu".
+        swiglu_alpha: Steepness of "clamped_swiglu".
+        scales_input: Whether a weight multiplies the expert's input instead of its output.
+        router_bias: Whether the router's product has a bias.
+        router_in_float32: Whether logits are computed in float32.
+        has_choice_bias: Whether there is a bias that counts for the choice alone.
+        expert_bias: Whether the experts' projections have biases.
+        shared_size: Width of the feed-forward that every token takes, too; 0 for none.
+        shared_activation: Of it.
+        shared_bias: Whether its projections have biases.
+        gates_shared: Whether each token weighs it.
+    """
+
+    num_experts: int
+    intermediate_size: int
+    routing: Routing
+    activation: str = "silu"
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.0
+    scales_input: bool = False
+    router_bias: bool = False
+    router_in_float32: bool = False
+    has_choice_bias: bool = False
+    expert_bias: bool = False
+    shared_size: int = 0
+    shared_activation: str = "silu"
+    shared_bias: bool = False
+    gates_shared: bool = False
+
+
+class MixtureOfExperts:
+    """`sum over chosen experts of weight * expert(x)`, and a shared feed-forward beside it.
+
+    Experts' weights are one tensor [E, 2 I, H] (gate above up) and one [E, H, I]. On a CPU
+    `finish_loading` brings each expert into oneDNN's layout, for the reasons in `Linear`; a token's
+    result is then independent of its neighbours, bit by bit.
+
+    Args:
+        hidden_size: H.
+        config: The experts.
+        device: Where the weights live.
+        dtype: Of weights and activations.
+        batch_invariant: As in `Linear`, for router and shared feed-forward. The experts' kernels
+            always compute a row by itself.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: ExpertsConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_invariant: bool,
+    ) -> None:
+        self.config = config
+        num, width = config.num_experts, config.intermediate_size
+
+        def linear(parts: dict[str, int], dtype: torch.dtype, *, bias: bool = False) -> Linear:
+            return Linear(
+                hidden_size,
+                parts,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+                batch_invariant=batch_invariant,
+            )
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        router_dtype = torch.float32 if config.router_in_float32 else dtype
+        self.router = linear({"gate": num}, router_dtype, bias=config.router_bias)
+        self.choice_bias = None
+        if config.has_choice_bias:
+            self.choice_bias = torch.empty(num, device=device, dtype=torch.float32)
+        self.gate_up, self.down = empty(num, 2 * width, hidden_size), empty(num, hidden_size, width)
+        self.gate_up_bias = empty(num, 2 * width) if config.expert_bias else None
+        self.down_bias = empty(num, hidden_size) if config.expert_bias else None
+        self.shared = self.shared_gate = None
+        if config.shared_size:
+            self.shared = GatedMLP(
+                hidden_size,
+                config.shared_size,
+                activation=config.shared_activation,
+                bias=config.shared_bias,
+                device=device,
+                dtype=dtype,
+                batch_invariant=batch_invariant,
+            )
+            if config.gates_shared:
+                self.shared_gate = linear({"shared_expert_gate": 1}, dtype)
+        self._packed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views under the checkpoint's names; first all gates and ups, then all downs."""
+        yield from self.router.named_weights()
+        if self.choice_bias is not None:
+            yield "gate.e_score_correction_bias", self.choice_bias
+        width = self.config.intermediate_size
+        for kind, both in (("weight", self.gate_up), ("bias", self.gate_up_bias)):
+            for expert in range(0 if both is None else self.config.num_experts):
+                assert both is not None
+                yield f"experts.{expert}.gate_proj.{kind}", both[expert, :width]
+                yield f"experts.{expert}.up_proj.{kind}", both[expert, width:]
+        for kind, down in (("weight", self.down), ("bias", self.down_bias)):
+            for expert in range(0 if down is None else self.config.num_experts):
+                assert down is not None
+                yield f"experts.{expert}.down_proj.{kind}", down[expert]
+        if self.shared is not None:
+            for name, weight in self.shared.named_weights():
+                yield f"shared_expert.{name}", weight
+        if self.shared_gate is not None:
+            yield from self.shared_gate.named_weights()
+
+    def finish_loading(self) -> None:
+        """See `Linear.finish_loading`."""
+        self.router.finish_loading()
+        if self.shared is not None:
+            self.shared.finish_loading()
+        if self.shared_gate is not None:
+            self.shared_gate.finish_loading()
+        if can_pack(self.gate_up):
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self._packed = [
+                (reorder(gate_up, None), reorder(down, None))
+                for gate_up, down in zip(self.gate_up, self.down, strict=True)
+            ]
+            self.gate_up = self.down = self.gate_up.new_empty(0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """New [T, H] from x [T, H]."""
+        config = self.config
+        logits = self.router(x.float() if config.router_in_float32 else x)  # [T, E]
+        weights, experts = dispatch.moe_route(logits, self.choice_bias, config.routing)
+        if self._packed:
+            y = sum_of_experts(
+                x, weights, experts, self._packed_expert, scales_input=config.scales_input
+            )
+        else:
+            y = dispatch.moe_experts(
+                x,
+                self.gate_up,
+                self.down,
+                self.gate_up_bias,
+                self.down_bias,
+                weights,
+                experts,
+                activation=config.activation,
+                scales_input=config.scales_input,
+                swiglu_limit=config.swiglu_limit,
+                swiglu_alpha=config.swiglu_alpha,
+            )
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        if self.shared_gate is not None:
+            shared *= sigmoid_by_row(self.shared_gate(x))
+        return y.add_(shared)
+
+    def _packed_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        gate_up, down = self._packed[expert]
+        gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
+        down_bias = None if self.down_bias is None else self.down_bias[expert]
+        active = expert_activation(
+            packed_linear(rows, gate_up, gate_up_bias),
+            config.activation,
+            config.swiglu_limit,
+            config.swiglu_alpha,
+        )
+        return packed_linear(active, down, down_bias)
