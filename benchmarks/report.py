@@ -20,6 +20,7 @@ from typing import Any
 from environment import RESULTS, ROOT
 from reference import (
     BUSY_LOSS_GOALS,
+    CONSTRAINED_GOAL,
     CPU_BUSY_GOAL,
     CPU_GOALS,
     FRAMEWORK_GOALS,
@@ -209,6 +210,27 @@ def _share_kept(figure: str, busy: float | None, quiet: float | None) -> str | N
     return f"{_percent(share)} kept (≥ {_percent(CPU_BUSY_GOAL)})"
 
 
+def constrained(rows: list[Row]) -> str:
+    """JSON answers beside the same requests without a schema."""
+    lines = []
+    for row in latest(rows, "constrained").values():
+        goal = f" (≤ {CONSTRAINED_GOAL:+.0%})" if row["case"] == "constrained" else ""
+        over = f"{row['over_free']:+.1%}{goal}"
+        lines.append(
+            [
+                f"{row['shape']}, {row['placement']}",
+                row["case"],
+                row["requests"],
+                f"{row['value']:.3f}",
+                None if row["case"].endswith("free") else over,
+                f"{row['output_tokens_per_s']:.0f}",
+                row["steps"],
+            ]
+        )
+    header = ["engine", "case", "requests", "seconds", "over free text (goal)", "output tok/s"]
+    return markdown([*header, "steps"], lines)
+
+
 def host(rows: list[Row]) -> str:
     """The caller's side at a GPU's pace."""
     lines = [
@@ -275,6 +297,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "host": host,
     "cpu": cpu,
     "embed": embed,
+    "constrained": constrained,
 }
 
 

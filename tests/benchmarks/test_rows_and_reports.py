@@ -113,6 +113,9 @@ def test_goals_stand_beside_what_was_reached(tmp_path):
     kept = "| decode_tok_s, busy neighbour | 45 |  |  | 75 % kept (≥ 50 %) |"
     assert kept in section_text("cpu", rows)
     assert "| ChatLocal.batch | 1000 | 2.20 | +5% | 100 |" in section_text("host", rows)
+    assert "| constrained | 64 | 1.050 | +5.0% (≤ +10%) | 11429 | 200 |" in section_text(
+        "constrained", rows
+    )
     assert "| ms/step at B = 32 | 1024 | 1.02 |" in section_text("growth", rows)
     assert "| texts_s | 200 texts/s | 100 | 2.00× |" in section_text("embed", rows)
     assert "| query_ms | 2 ms | 5 | 2.50× |" in section_text("embed", rows)

@@ -78,6 +78,7 @@ EXPECTED = {
     "growth": ["tiny/running-1", "tiny/running-8", "tiny/context-256x1", "tiny/context-512x4"],
     "frameworks": ["tiny/Engine.generate", "tiny/ChatLocal.abatch", "tiny/LocalLLM.achat x8"],
     "host": ["Engine.generate", "ChatLocal.abatch", "LocalLLM.achat x12"],
+    "constrained": ["tiny/free", "tiny/constrained", "tiny/others beside constrained"],
     "llama_index": ["ingest/ours-stock", "ingest/ours-group", "achat/256", "overhead/achat"],
     "callers": [
         "Engine.chat",

@@ -96,5 +96,18 @@ def sample_rows(path):
     rows.add(
         "embed", "minilm/ours/gathered_texts_s", 150.0, "texts/s", **{**on_minilm, "peer": "ours"}
     )
+    for case, value, over in (("free", 1.0, 0.0), ("constrained", 1.05, 0.05)):
+        rows.add(
+            "constrained",
+            f"llama-135m/{case}",
+            value,
+            "s",
+            case=case,
+            requests=64,
+            over_free=over,
+            output_tokens_per_s=12_000 / value,
+            steps=200,
+            **on,
+        )
     rows.add("cpu", "import/engine", 0.02, "s", module="engine")
     return load_rows(path)

@@ -42,6 +42,7 @@ def _on_cpu(sampler: Sampler) -> sampling_reference.SamplingTables:
         tables.settings.cpu().clone(),
         None if tables.sparse is None else tables.sparse.cpu().clone(),
         None if tables.counts is None else tables.counts.cpu().clone(),
+        None if tables.masks is None else tables.masks.clone(),
     )
 
 
@@ -204,6 +205,54 @@ def no_rows_give_no_tokens(device: str) -> None:
     assert _sample(sampler, torch.empty(0, 300, device=device), [], 0).shape == (0,)
 
 
+def masks_bar_what_they_do_not_allow(device: str) -> None:
+    """Rows with and without a mask in turn; V is no multiple of a word, nor of a program's tile."""
+    words = np.random.default_rng(5)
+    for vocab_size in (70, 2600):
+        for fields in ({"temperature": 0.0}, {}, {"top_k": 9}, {"presence_penalty": 1.0}):
+            sampler = Sampler(vocab_size, 6, device)
+            for row in range(6):
+                sampler.set_row(
+                    row, SamplingParams(**fields), seed=row, is_constrained=row % 2 == 0
+                )
+            sampler.flush()
+            masks = sampler._state.masks
+            assert masks is not None
+            masks.array[...] = words.integers(-(2**31), 2**31, masks.array.shape)
+            masks.array[4] = 0
+            masks.array[4, -1] = 1 << (vocab_size - 1) % 32  # the very last token alone
+            rows = [4, 1, 0, 3, 2, 5]
+            variant = sampler.variant(np.asarray(rows))
+            assert variant.has_masks
+            logits = _logits(len(rows), vocab_size, 3.0, torch.bfloat16)
+            tables = _on_cpu(sampler)
+            expected = sampling_reference.sample_tokens_reference(
+                logits, tables, torch.tensor(rows), torch.full((6,), 3)
+            )
+            for keeps_logits in (True, False):
+                given = logits.to(device).clone()
+                ids = sampling.sample_tokens(
+                    given,
+                    sampler.tables,
+                    torch.tensor(rows, device=device),
+                    torch.full((6,), 3, device=device),
+                    draw=variant.draw,
+                    use_sparse=False,
+                    use_penalties=variant.has_penalties and keeps_logits,
+                    use_masks=True,
+                    keeps_logits=keeps_logits,
+                )
+                if keeps_logits or "presence_penalty" not in fields:
+                    assert ids.tolist() == expected.tolist(), (vocab_size, fields)
+                assert int(ids[0]) == vocab_size - 1
+                for row, token_id in zip(rows, ids.tolist(), strict=True):
+                    word = int(masks.array[row, token_id >> 5])
+                    assert row % 2 or word >> (token_id & 31) & 1
+                is_free = torch.tensor([row % 2 == 1 for row in rows])
+                kept = given.cpu() == logits
+                assert kept.all() if keeps_logits else kept[is_free].all()
+
+
 CASES: dict[str, Callable[[str], None]] = {
     case.__name__: case
     for case in (
@@ -216,6 +265,7 @@ CASES: dict[str, Callable[[str], None]] = {
         ties_go_to_the_lowest_id,
         rows_do_not_depend_on_the_batch,
         no_rows_give_no_tokens,
+        masks_bar_what_they_do_not_allow,
     )
 }
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _LITERALS = (b"null", b"true", b"false")
 _TEXT_PROBES = (b"q", b"z")
 """Where both may come next, the answer is inside free text."""
-_NUM_SUFFIXES = 4
 _NUM_ATTEMPTS = 4
 _NOT_A_CLOSER = 99
 
@@ -41,6 +40,8 @@ class ClosingSearch:
         self._eos_token_id = vocabulary.eos_token_ids[0]
         self._in_text = _ordered(pieces, _rank_in_text)
         self._in_structure = _ordered(pieces, _rank_in_structure)
+        self._ends_text = np.zeros(len(pieces), bool)
+        self._ends_text[self._in_text] = True
         by_piece = {piece: token_id for token_id, piece in enumerate(pieces) if len(piece) == 1}
         self._probes = np.array(
             [by_piece[piece] for piece in _TEXT_PROBES if piece in by_piece], np.int64
@@ -63,14 +64,43 @@ class ClosingSearch:
             max_tokens: >= 0.
             old_way: What completed the answer one token ago: its last part probably still does.
         """
-        for start in range(min(_NUM_SUFFIXES, len(old_way)) + 1):
-            rest = list(old_way[start:])
-            if len(rest) <= max_tokens and self.is_way(matcher, rest):
-                return rest
+        if matcher.is_accepting():
+            return []
+        rest = self._end_of(matcher, _mask_of(matcher), max_tokens, old_way, is_thorough=True)
+        if rest is not None:
+            return rest
         for attempt in range(_NUM_ATTEMPTS):
             way = self._walk(matcher.deep_copy(), max_tokens, old_way, attempt)
             if way is not None:
                 return way
+        return None
+
+    def _end_of(
+        self,
+        matcher: LLMatcher,
+        mask: npt.NDArray[np.int32],
+        max_tokens: int,
+        old_way: Sequence[int],
+        *,
+        is_thorough: bool = False,
+    ) -> list[int] | None:
+        """The shortest end of `old_way` that completes the answer from here, if one does.
+
+        In free text any token may come next and few lead anywhere, so that only those that end the
+        text are tried, unless `is_thorough`.
+        """
+        if not old_way:
+            return None
+        way = np.array(old_way, np.int64)
+        is_start = _bits(mask, way).astype(bool)
+        if not is_thorough and self._is_text(mask):
+            is_start &= self._ends_text[way]
+        for start in np.flatnonzero(is_start)[::-1].tolist():
+            rest = list(old_way[start:])
+            if len(rest) > max_tokens:
+                return None
+            if self.is_way(matcher, rest):
+                return rest
         return None
 
     def _walk(
@@ -81,15 +111,15 @@ class ClosingSearch:
         while True:
             if matcher.is_accepting():
                 return way
-            for start in range(min(_NUM_SUFFIXES, len(old_way))):
-                rest = list(old_way[start:])
-                if len(way) + len(rest) <= max_tokens and self.is_way(matcher, rest):
-                    return way + rest
             if len(way) >= max_tokens:
                 return None
             steps = matcher.compute_ff_tokens()
             if not steps:
-                token_id = self._choose(matcher, attempt, draw)
+                mask = _mask_of(matcher)
+                rest = self._end_of(matcher, mask, max_tokens - len(way), old_way)
+                if rest is not None:
+                    return way + rest
+                token_id = self._choose(mask, attempt, draw)
                 if token_id is None:
                     return None
                 steps = [token_id]
@@ -98,10 +128,11 @@ class ClosingSearch:
                 return None
             way += steps
 
-    def _choose(self, matcher: LLMatcher, attempt: int, draw: random.Random) -> int | None:
-        mask = np.frombuffer(matcher.compute_bitmask(), np.int32)
-        is_text = len(self._probes) > 0 and bool(_bits(mask, self._probes).all())
-        closers = self._in_text if is_text else self._in_structure
+    def _is_text(self, mask: npt.NDArray[np.int32]) -> bool:
+        return len(self._probes) > 0 and bool(_bits(mask, self._probes).all())
+
+    def _choose(self, mask: npt.NDArray[np.int32], attempt: int, draw: random.Random) -> int | None:
+        closers = self._in_text if self._is_text(mask) else self._in_structure
         # The last attempts follow chance half of the time: closing may be what leads nowhere.
         if attempt < 2 or draw.random() < 0.5:
             is_allowed = _bits(mask, closers)
@@ -115,6 +146,11 @@ class ClosingSearch:
         # The longest: where a number of characters is asked for, that takes the fewest tokens.
         sample = allowed[:: max(1, len(allowed) // 256)].tolist()
         return int(max(sample, key=lambda token_id: len(self._vocabulary.pieces[token_id])))
+
+
+def _mask_of(matcher: LLMatcher) -> npt.NDArray[np.int32]:
+    """The packed mask of what may come next."""
+    return np.frombuffer(matcher.compute_bitmask(), np.int32)
 
 
 def _bits(mask: npt.NDArray[np.int32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from constraint_cases import TOKENIZERS, allowed_ids, compiler, draw_answer, tokenizer
 
+from engine.constraints.closing import ClosingSearch
 from engine.sampling_params import SamplingParams
 
 PERSON: dict[str, Any] = {
@@ -243,3 +244,39 @@ def test_padding_of_the_head_is_never_allowed() -> None:
     allowed = allowed_ids(compiled, compiled.start(SamplingParams(), 10))
     assert len(allowed) > 200
     assert max(allowed) < tokenizer("bytes").vocab_size
+
+
+def test_a_way_to_the_end_is_mostly_the_end_of_an_older_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Looking for one costs milliseconds of the engine's thread, for each of many answers."""
+    people = {"type": "array", "items": PERSON, "minItems": 3, "maxItems": 5}
+    summary = {"type": "string", "minLength": 200, "maxLength": 400}
+    schema = {
+        "type": "object",
+        "properties": {"title": {"type": "string"}, "people": people, "summary": summary},
+        "required": ["title", "people", "summary"],
+        "additionalProperties": False,
+    }
+    compiled = compiler("demo").compile(SamplingParams(json_schema=schema))
+    assert compiled is not None
+    walks: list[int] = []
+    walk = ClosingSearch._walk
+    answers = [draw_answer(compiled, tokenizer("demo"), 500, seed) for seed in range(3)]
+    monkeypatch.setattr(ClosingSearch, "_walk", lambda *args: (walks.append(1), walk(*args))[1])
+    num_checks = 0
+    for answer in answers:
+        matcher, way, left = compiled._matcher.deep_copy(), compiled._way, 500
+        for place, token_id in enumerate(answer.token_ids):
+            assert matcher.consume_token(token_id)
+            left -= 1
+            if place % 10:
+                continue  # far from the end it is looked for now and then
+            found = compiled._search.find(matcher, left, way)
+            assert found is not None
+            assert len(found) <= left
+            assert compiled._search.is_way(matcher, found)
+            way = found
+            num_checks += 1
+    assert num_checks > 30
+    assert len(walks) < num_checks / 10, (len(walks), num_checks)
