@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,25 +138,61 @@ async def test_the_event_loop_goes_on(embeddings: LocalEmbeddings) -> None:
     assert longest < 0.25
 
 
-async def test_cancelling_drops_what_has_not_run(embeddings: LocalEmbeddings, eng: Engine) -> None:
+class Gate:
+    """Holds up whoever calls `function` until it is opened.
+
+    Attributes:
+        has_come: Somebody calls.
+        has_passed: A call is over.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, is_open: bool = False) -> None:
+        self._function = function
+        self._is_open = threading.Event()
+        self.has_come = threading.Event()
+        self.has_passed = threading.Event()
+        if is_open:
+            self.open()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.has_come.set()
+        assert self._is_open.wait(60)
+        result = self._function(*args, **kwargs)
+        self.has_passed.set()
+        return result
+
+    def open(self) -> None:
+        self._is_open.set()
+
+
+@pytest.mark.parametrize("when", ["while it is tokenized", "while it runs"])
+async def test_cancelling_drops_what_has_not_run(
+    embeddings: LocalEmbeddings, eng: Engine, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    loop: Any = eng._host.loop  # type: ignore[attr-defined]
+    submission = Gate(eng.submit_embed, is_open=when == "while it runs")
+    step = Gate(loop._runner.execute)
+    abort = Gate(loop.post_abort, is_open=True)
+    monkeypatch.setattr(eng, "submit_embed", submission)
+    monkeypatch.setattr(loop._runner, "execute", step)
+    monkeypatch.setattr(loop, "post_abort", abort)
+    before = eng.stats()
     texts = [f"{n} {'word ' * 10}" for n in range(6000)]
-    aborted = eng.stats().requests_aborted
-    for is_running in (False, True):  # while it is tokenized, and while it runs
-        task = asyncio.create_task(embeddings.aembed_documents(texts))
-        await asyncio.sleep(0)
-        while is_running and not eng.stats().waiting:
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        aborted += 1
-        for _ in range(500):
-            if eng.stats().requests_aborted == aborted:
-                break
-            await asyncio.sleep(0.02)
-        assert eng.stats().requests_aborted == aborted
+    task = asyncio.create_task(embeddings.aembed_documents(texts))
+    came = step if when == "while it runs" else submission
+    assert await asyncio.to_thread(came.has_come.wait, 60)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    submission.open()
+    assert await asyncio.to_thread(abort.has_passed.wait, 60)
+    step.open()
     await embeddings.aembed_query("behind them")
-    assert (eng.stats().waiting, eng.stats().running) == (0, 0)
+    stats = eng.stats()
+    assert stats.requests_aborted == before.requests_aborted + 1
+    assert (stats.waiting, stats.running) == (0, 0)
+    # All 6000 texts take hundreds of steps.
+    assert stats.steps - before.steps < 10
 
 
 def test_errors_are_langchains_too(eng: Engine, embeddings: LocalEmbeddings) -> None:
