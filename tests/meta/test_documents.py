@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -51,18 +52,47 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "make test" in (ROOT / "README.md").read_text()
 
 
+# Other packages' constructors, in the page for those who come from them.
+_OTHERS = ("VLLM(", "ChatOllama(", "ChatLlamaCpp(", "HuggingFacePipeline", "ChatOpenAI(")
+# What its examples take for granted.
+_GIVEN = """
+from pydantic import BaseModel
+class Person(BaseModel):
+    name: str
+prompts = ["One", "Two"]
+"""
+
+
 @pytest.mark.demo_model
-def test_the_readmes_code_runs(demo_model: str, tmp_path: Path) -> None:
-    """All Python blocks of the README in one process, one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
+@pytest.mark.parametrize(
+    ("document", "num_blocks"),
+    [
+        ("README.md", 5),
+        ("docs/LANGCHAIN.md", 3),
+        ("docs/CONSTRAINTS.md", 1),
+        ("docs/MIGRATION.md", 5),
+    ],
+)
+def test_the_documents_code_runs(
+    demo_model: str, tmp_path: Path, document: str, num_blocks: int
+) -> None:
+    """All Python blocks of a document in one process, one after the other, on the demo model."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    if document == "docs/MIGRATION.md":
+        blocks = [block for block in blocks if not any(name in block for name in _OTHERS)]
+    assert len(blocks) == num_blocks
+    source = "\n".join(blocks)
+    if document == "docs/MIGRATION.md":
+        source = re.sub(r'"(org/model|Qwen/Qwen3-0.6B|model.Q4_0.gguf)"', f'"{demo_model}"', source)
+        source = _GIVEN + source
+    script = tmp_path / "document.py"
+    script.write_text(source)
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         timeout=280,
         check=False,
     )

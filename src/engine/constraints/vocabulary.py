@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _LONGEST_PIECE = 32
+_KEPT_TEXTS = 4096
+_LONGEST_KEPT_BYTES = 256
 
 
 class GrammarVocabulary:
@@ -83,19 +86,24 @@ class _LibraryTokenizer:
         self._tokenizer = tokenizer
         self.eos_token_id = eos_token_id
         self.tokens = pieces
+        # The same keys and separators are asked about for every answer, from the engine's thread.
+        self._ids_of = functools.lru_cache(maxsize=_KEPT_TEXTS)(self._spell)
         self._ids: dict[bytes, int] = {}
         self.special_token_ids = sorted(
             token_id for token_id in tokenizer.special_token_ids if token_id < len(pieces)
         )
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Ids of a stretch of an answer, as the model would write it in one go.
-
-        Their bytes are exactly the text's. Tokenizers that mark the first word of a text are asked
-        about the text behind a line break; where normalisation changes the text, its characters
-        are looked up.
-        """
+        """Ids of a stretch of an answer, as the model would write it in one go."""
         raw = text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")
+        return self._ids_of(raw) if len(raw) <= _LONGEST_KEPT_BYTES else self._spell(raw)
+
+    def _spell(self, raw: bytes) -> list[int]:
+        """Ids whose bytes are exactly the text's.
+
+        Tokenizers that mark the first word of a text are asked about the text behind a line break;
+        where normalisation changes the text, its characters are looked up.
+        """
         plain = raw.decode("utf-8", errors="replace")
         for before in ("", "\n"):
             start = self._encode(before)

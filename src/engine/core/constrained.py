@@ -31,14 +31,15 @@ def accept_tokens(
     if not table.num_constrained:
         return samples
     kept = samples.copy()
-    for index in np.flatnonzero(samples & table.is_constrained[rows]).tolist():
-        row, token_id = int(rows[index]), int(token_ids[index])
+    places = np.flatnonzero(samples & table.is_constrained[rows])
+    held = rows[places]
+    num_left = table.max_total_tokens[held] - table.num_tokens[held] + table.num_in_flight[held] - 1
+    for index, row, token_id, left in zip(
+        places.tolist(), held.tolist(), token_ids[places].tolist(), num_left.tolist(), strict=True
+    ):
         constraint = _owner(table, row).constraint
         assert constraint is not None, "the row says that it is constrained"
-        num_known = int(table.num_tokens[row] - table.num_in_flight[row]) + 1
-        if token_id < 0 or constraint.accept(
-            token_id, int(table.max_total_tokens[row]) - num_known
-        ):
+        if token_id < 0 or constraint.accept(token_id, left):
             continue
         kept[index] = False
         for counts in (table.num_tokens, table.num_in_flight, table.num_computed_tokens):
@@ -59,8 +60,8 @@ def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedS
         return
     # Without a token (-1) the request is about to end with an error.
     has_token = table.is_constrained[sampled.rows] & (sampled.token_ids >= 0)
-    for index in np.flatnonzero(has_token).tolist():
-        row = int(sampled.rows[index])
+    places = np.flatnonzero(has_token)
+    for index, row in zip(places.tolist(), sampled.rows[places].tolist(), strict=True):
         seq = _owner(table, row)
         constraint = seq.constraint
         assert constraint is not None, "the row says that it is constrained"

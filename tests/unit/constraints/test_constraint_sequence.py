@@ -280,3 +280,26 @@ def test_a_way_to_the_end_is_mostly_the_end_of_an_older_one(
             num_checks += 1
     assert num_checks > 30
     assert len(walks) < num_checks / 10, (len(walks), num_checks)
+
+
+def test_texts_that_are_forced_again_are_not_encoded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys and separators come in every answer; encoding them takes longer than all the rest."""
+    compiled = compiler("demo").compile(SamplingParams(json_schema=PERSON))
+    assert compiled is not None
+    ids = draw_answer(compiled, tokenizer("demo"), 150, seed=2).token_ids
+
+    def follow() -> int:
+        constraint, place, num_forced = compiled.start(SamplingParams(), 150), 0, 0
+        while place < len(ids):
+            assert constraint.accept(ids[place], 149 - place)
+            forced = constraint.take_forced(149 - place)
+            assert forced == ids[place + 1 : place + 1 + len(forced)]
+            num_forced += len(forced)
+            place += 1 + len(forced)
+        return num_forced
+
+    assert follow() > 0
+    monkeypatch.setattr(type(tokenizer("demo")), "encode_text_part", None)
+    assert follow() > 0
