@@ -33,18 +33,30 @@ def test_every_constraint_holds_with_every_option(
     )
 
 
-@pytest.mark.parametrize("budget", [60, 61, 62, 65, 70, 80, 100])
 @pytest.mark.parametrize("extra", [{}, {"logprobs": 0}, {"repetition_penalty": 1.2}], ids=str)
-def test_json_is_complete_whatever_max_tokens_is(
-    eng: Engine, budget: int, extra: dict[str, Any]
-) -> None:
-    shortest = '{"name": "", "kind": "small", "sizes": []}'
-    assert len(shortest) <= 60
-    params = SamplingParams(json_schema=SCHEMA, max_tokens=budget, n=4, seed=budget, **extra)
-    for answer in eng.generate([7, 8, 9], params).outputs:
-        check(answer.text, {"json_schema": SCHEMA})
-        assert answer.finish_reason == "stop"
-        assert len(answer.token_ids) <= budget
+def test_json_is_complete_whatever_max_tokens_is(eng: Engine, extra: dict[str, Any]) -> None:
+    """Every budget from one token to far more than is needed: refused, or complete."""
+    budgets, params, refusals = [], [], []
+    for budget in range(1, 101):
+        one = SamplingParams(json_schema=SCHEMA, max_tokens=budget, n=2, seed=budget, **extra)
+        try:
+            eng.submit([7, 8, 9], one).abort()
+        except ConstraintError as error:
+            refusals.append(str(error))
+        else:
+            budgets.append(budget)
+            params.append(one)
+    assert budgets == list(range(len(refusals) + 1, 101))
+    for budget, refusal in enumerate(refusals, start=1):
+        assert f"max_tokens={budget} leaves no room" in refusal
+    assert 1 < budgets[0] <= len('{"name": "", "kind": "small", "sizes": []}')
+    for budget, output in zip(
+        budgets, eng.generate([[7, 8, 9]] * len(params), params), strict=True
+    ):
+        for answer in output.outputs:
+            check(answer.text, {"json_schema": SCHEMA})
+            assert answer.finish_reason == "stop"
+            assert len(answer.token_ids) <= budget
 
 
 def test_jumping_over_forced_tokens_changes_no_answer(eng: Engine) -> None:

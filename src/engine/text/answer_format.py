@@ -91,6 +91,19 @@ class AnswerFormat:
         """Efforts that `reasoning=` may name; empty for a model that takes none."""
         return _EFFORTS if "reasoning_effort" in self._template.variables else ()
 
+    @functools.cached_property
+    def shows_late_system_messages(self) -> bool:
+        """Whether a system message in the middle of a conversation is shown where it stands."""
+        contents = ("first question", "first answer", "late instruction", "second question")
+        roles = ("user", "assistant", "system", "user")
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        try:
+            prompt = self._template.render(messages)
+        except RequestError:
+            return False
+        places = [prompt.rfind(content) for content in contents]
+        return places[0] >= 0 and places == sorted(places)
+
     @property
     def reasoning_marks(self) -> tuple[str, str] | None:
         """What begins and what ends the reasoning, where marks do."""

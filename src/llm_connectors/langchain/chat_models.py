@@ -286,6 +286,7 @@ class ChatLocal(ChatTools):
             tool_calling=True,
             tool_choice=True,
             tool_call_streaming=True,
+            mid_conversation_tools=False,
             structured_output=True,
             temperature=True,
         )
@@ -303,6 +304,7 @@ class ChatLocal(ChatTools):
         if engine.has_chat_template or self.chat_template is not None:
             form = engine.answer_format(self.chat_template, self.tool_parser, self.reasoning_parser)
             profile["reasoning_output"] = form.has_reasoning
+            profile["mid_conversation_system_messages"] = form.shows_late_system_messages
             if form.effort_levels:
                 profile["reasoning_effort_levels"] = list(form.effort_levels)
 

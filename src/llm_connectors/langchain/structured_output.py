@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, cast
 
 from langchain_core.exceptions import OutputParserException
@@ -164,6 +164,18 @@ class RawAndParsed(Runnable[LanguageModelInput, dict[str, Any]]):
         """What is known so far: the message grows, the parsed value comes with its end."""
         message: Any = None
         for chunk in self._model.stream(input, config, **kwargs):
+            message = chunk if message is None else message + chunk
+            yield AddableDict(raw=chunk)
+        parsed = self._parsed(message)
+        yield AddableDict(parsed=parsed["parsed"], parsing_error=parsed["parsing_error"])
+
+    @override
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """`stream` for an event loop."""
+        message: Any = None
+        async for chunk in self._model.astream(input, config, **kwargs):
             message = chunk if message is None else message + chunk
             yield AddableDict(raw=chunk)
         parsed = self._parsed(message)

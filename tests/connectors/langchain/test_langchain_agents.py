@@ -313,6 +313,7 @@ def test_the_profile_says_what_the_model_can_do():
         "tool_calling": True,
         "tool_choice": True,
         "tool_call_streaming": True,
+        "mid_conversation_tools": False,
         "structured_output": True,
         "reasoning_output": True,
         "temperature": True,

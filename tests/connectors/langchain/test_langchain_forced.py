@@ -290,6 +290,9 @@ async def test_raw_output_of_async_calls(make_chat):
     results = await model.abatch(["a", "b"])
     assert [one["parsed"].age for one in results] == [36, 36]
     assert engine.hand_overs[-1] == 2
+    pieces = [piece async for piece in model.astream("a")]
+    assert len(pieces) > 1
+    assert reduce(operator.add, pieces)["parsed"] == Person(name="Ada", age=36)
 
 
 def test_json_mode_without_a_schema_is_any_object(make_chat):

@@ -431,6 +431,58 @@ def test_events_of_version_3_are_native_and_valid(chat, engine):
     ]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "plain text",
+        f"<think>why</think>Look: {CALL}",
+        f"Look: {CALL} and {SECOND} done",
+        f"{CALL}{SECOND}",
+        f"a {CALL} b {BROKEN}",
+        "",
+    ],
+)
+def test_native_events_say_what_langchains_bridge_makes_of_our_chunks(
+    chat, engine, monkeypatch, answer
+):
+    """The bridge is what every model without native events goes through."""
+    answering(engine, answer)
+    bound = chat.bind_tools([get_weather])
+
+    def said():
+        stream = bound.stream_events("hi", version="v3")
+        events = list(stream)
+        assert_valid_event_stream(events)
+        blocks = {}
+        for event in events:
+            if event["event"] != "content-block-finish":
+                continue
+            content = {
+                key: value
+                for key, value in event["content"].items()
+                if key not in ("id", "index", "error", "extras")
+            }
+            kind = content["type"]
+            if kind == "invalid_tool_call":
+                # Chunks end such a call with a bracket that keeps LangChain from completing it.
+                content["args"] = content["args"].removesuffix('"]')
+            if kind in ("text", "reasoning"):
+                blocks[kind] = blocks.get(kind, "") + content[kind]
+            else:
+                blocks.setdefault(kind, []).append(content)
+        message = stream.output
+        calls = [(call["name"], call["args"]) for call in message.tool_calls]
+        broken = [call["name"] for call in message.invalid_tool_calls]
+        return blocks, message.text, calls, broken, message.usage_metadata, events[-1]
+
+    native = said()
+    monkeypatch.setattr(ChatLocal, "_stream_chat_model_events", None)
+    bridged = said()
+    assert native[:5] == bridged[:5]
+    assert native[5]["metadata"]["finish_reason"] == bridged[5]["metadata"]["finish_reason"]
+    assert native[5]["usage"] == bridged[5]["usage"]
+
+
 def test_the_message_of_an_event_stream_is_the_invoked_one(chat, engine):
     answering(engine, f"<think>why</think>Look: {CALL}")
     bound = chat.bind_tools([get_weather])

@@ -180,3 +180,22 @@ def test_names_of_parsers_are_checked(tokenizer: Tokenizer) -> None:
     _, form = make(tokenizer, QWEN3, tool_parser="pythonic", reasoning_parser="none")
     assert (form.tool_parser, form.reasoning) == ("pythonic", "none")
     assert form.reader(None) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "is_shown"),
+    [
+        (CHATML, True),
+        ("{{ raise_exception('roles must alternate') }}", False),
+        ("{{ messages[0].content }}", False),
+        (
+            "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            False,  # moved to the front
+        ),
+    ],
+)
+def test_late_system_messages_are_known_to_be_shown(
+    tokenizer: Tokenizer, source: str, is_shown: bool
+) -> None:
+    assert make(tokenizer, source)[1].shows_late_system_messages is is_shown
