@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 _ALIASES = {**ALIASES, "model_name": "model"}
 
-MAX_INLINE_CHARS = 8192
-"""Longest prompt an async call tokenizes in the event loop's thread: about 2 ms, cheaper
-than a hop to a worker thread beside a busy engine. Longer ones go to a worker thread."""
-
-
 _PLAIN_TEXT = AnswerOptions()
 
 

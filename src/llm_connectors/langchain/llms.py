@@ -21,8 +21,9 @@ from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from engine import RequestOutput
+from llm_connectors._gathered import MAX_INLINE_CHARS
 from llm_connectors.langchain._batching import serve, serve_runs
-from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions, LocalModelFields
+from llm_connectors.langchain._fields import CallOptions, LocalModelFields
 from llm_connectors.langchain._llm_runs import TextListCall
 from llm_connectors.langchain._outputs import PROVIDER, text_chunk, text_generations, token_usage
 from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
