@@ -30,9 +30,6 @@ MAX_PROMPTS_PER_SUBMIT = 256
 """Prompts rendered and tokenized before they are handed over together: the sequences an engine
 runs at once by default. The rest of a longer list is tokenized while these run."""
 
-_WAKE_UP_FOR = 32
-"""Answers that a thread wakes up for. Each wake-up takes the interpreter from the engine thread."""
-
 Prompt = str | list[int]
 ResultT = TypeVar("ResultT")
 
@@ -310,9 +307,6 @@ class _InOrder:
 
     def take(self) -> tuple[int, RequestOutput | Exception]:
         index, handle, deadline = self._waiting[0]
-        if self._timeout is None and not handle.is_done:
-            # Later ones are as a rule done with this one: so many fewer wake-ups.
-            self._waiting[min(_WAKE_UP_FOR, len(self._waiting)) - 1][1].wait()
         left = None if self._timeout is None else max(0.0, deadline - time.monotonic())
         try:
             outcome: RequestOutput | Exception = handle.result(timeout=left)
