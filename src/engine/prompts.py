@@ -119,7 +119,9 @@ class RequestFactory:
             constraint=self._compiler.compile(params),
             metrics=RequestMetrics(arrival_s=arrival_s),
         )
-        if prompt_array is not None:
+        if prompt_array is None:
+            request.prompt_array()  # here, not in the engine's thread
+        else:
             request.set_prompt_array(prompt_array)
         if request.constraint is not None:
             request.constraint.check_room(max_total_tokens - len(token_ids))

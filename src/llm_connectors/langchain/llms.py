@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import operator
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
@@ -77,8 +78,8 @@ class LocalLLM(LocalModelFields, BaseLLM):
         self, stop: list[str] | None, kwargs: Any, **own_overrides: Any
     ) -> CallOptions:
         options = super()._call_options(stop, kwargs, **own_overrides)
-        options.submit["parse_special"] = options.own["parse_special"]
-        return options
+        submit = {**options.submit, "parse_special": options.own["parse_special"]}
+        return dataclasses.replace(options, submit=submit)
 
     # ---------------------------------------------------------------- prompts
 
