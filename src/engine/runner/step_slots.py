@@ -191,9 +191,9 @@ class StepSlots:
     ) -> None:
         rows, starts = batch.rows, batch.num_computed_tokens
         # By places in the flat table: NumPy gives up the GIL for pairs of indices.
-        tokens = table.token_ids.reshape(-1)
+        tokens, width = table.token_ids.reshape(-1), table.token_ids.shape[1]
         for piece in pieces(num_decodes):
-            ids[piece] = tokens[rows[piece] * table.max_model_len + starts[piece]]
+            ids[piece] = tokens[rows[piece] * width + starts[piece]]
         place = num_decodes
         for row, start, count in zip(
             rows[num_decodes:].tolist(),
