@@ -295,3 +295,18 @@ FORMATS: dict[str, Format] = {
         {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, bnb_8bit
     ),
 }
+
+
+def mxfp4(weight: torch.Tensor) -> Written:
+    """Stacked experts [E, K, N] as gpt-oss stores them: blocks and scales of [E, N, K]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(weight.shape[2])
+    num_experts, num_columns, num_rows = weight.shape
+    shape = (num_experts, num_rows, num_columns // 32)
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    size = float(weight.abs().mean().log2().floor())
+    scales = torch.full(shape, 126 + int(size), dtype=torch.uint8)
+    scales += torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator)
+    numbers = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return {"blocks": blocks, "scales": scales}, numbers

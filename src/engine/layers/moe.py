@@ -132,6 +132,11 @@ class MixtureOfExperts:
         self._products: Sequence[tuple[Product, Product]] = ()
         self._rows = StepRows()
 
+    @property
+    def has_products(self) -> bool:
+        """Whether the experts' weights are quantised."""
+        return bool(self._products)
+
     def use_products(self, products: Sequence[tuple[Product, Product]], rows: StepRows) -> None:
         """Compute with quantised weights instead of the layer's own; call before loading.
 
