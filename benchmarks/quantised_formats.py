@@ -1,6 +1,7 @@
 """Weights in every quantised safetensors format, each with the numbers that its own library reads.
 
-compressed-tensors, bitsandbytes, transformers and torch write and read their formats themselves.
+compressed-tensors, bitsandbytes and transformers write and read their formats themselves; float8 is
+torch's, in blocks as transformers' `finegrained_fp8` scales them.
 GPTQ and AWQ need a GPU to be installed: their layouts are written down here after GPTQModel's
 `pack_original` and `dequantize_weight`, and AutoAWQ's `packing_utils`.
 """
@@ -134,8 +135,6 @@ def compressed(weight: torch.Tensor, scheme: dict[str, Any], kind: str) -> Writt
 
 
 def block_fp8(weight: torch.Tensor, block: tuple[int, int]) -> Written:
-    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
     num_rows, num_columns = weight.shape
     shape = (-(-num_rows // block[0]), -(-num_columns // block[1]))
     padded = torch.zeros(shape[0] * block[0], shape[1] * block[1])
@@ -144,7 +143,8 @@ def block_fp8(weight: torch.Tensor, block: tuple[int, int]) -> Written:
     scales = tiles.abs().amax((1, 3)) / 448.0
     values = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)
     values = values[:num_rows, :num_columns].contiguous()
-    numbers = _dequantize_fp8_weight(values, scales, list(block), torch.float32)
+    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    numbers = values.float() * wide[:num_rows, :num_columns]
     return {".weight": values, ".weight_scale_inv": scales}, numbers
 
 

@@ -16,6 +16,7 @@ from engine.loader.stored_tables import QUANT_STATE, StoredNF4, packed_mxfp4, st
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from engine.loader.quantisation_config import QuantisationConfig
     from engine.loader.stored_rows import StoredRows
@@ -79,6 +80,11 @@ class QuantisedCheckpoint(Checkpoint):
             raise CheckpointError(msg)
         self._shapes = self._logical_shapes(shapes)
         self._check_plain()
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._source.folder
 
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """Name without quantisation -> shape of every weight."""
@@ -164,6 +170,21 @@ class QuantisedCheckpoint(Checkpoint):
                     "checkpoint again."
                 )
                 raise CheckpointError(msg)
+
+
+def warn_of_expansion(checkpoint: Checkpoint, num_bytes: int) -> None:
+    """Say that the codes of a checkpoint are about to be expanded; nothing for plain numbers.
+
+    Args:
+        checkpoint: Of any kind.
+        num_bytes: Memory of all expanded weights.
+    """
+    if isinstance(checkpoint, QuantisedCheckpoint):
+        logger.warning(
+            "The weights of %s are in codes and will be expanded to plain numbers: %.2f GiB",
+            checkpoint.folder,
+            num_bytes / 2**30,
+        )
 
 
 def _marked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
