@@ -146,11 +146,8 @@ class QuantisedCheckpoint(Checkpoint):
                 len(kv_scales),
                 kv_scales[0],
             )
-        plain = {
-            name: shape
-            for name, shape in shapes.items()
-            if name not in parts and name not in kv_scales
-        }
+        unread = {*parts, *kv_scales, *self._empty_biases(modules, shapes)}
+        plain = {name: shape for name, shape in shapes.items() if name not in unread}
         stored = {name: tuple(weight.shape) for name, weight in self._stored.items()}
         # As the model has them: the experts' matrices stand the other way round.
         stacks = {
@@ -158,6 +155,17 @@ class QuantisedCheckpoint(Checkpoint):
             for name, stack in self._stacks.items()
         }
         return {**plain, **stored, **stacks}
+
+    def _empty_biases(
+        self, modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[str]:
+        """Biases of layers in codes, if there is none but of zeros.
+
+        AutoGPTQ gave them to layers that have none.
+        """
+        biases = [f"{module}.bias" for module in modules if f"{module}.bias" in shapes]
+        is_empty = not any(bool(self._source.tensor(name).any()) for name in biases)
+        return biases if is_empty else []
 
     def _check_plain(self) -> None:
         """Refuse numbers of a byte that come without scales."""

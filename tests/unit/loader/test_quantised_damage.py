@@ -226,3 +226,33 @@ def test_stacked_and_packed_mxfp4_agree_with_their_libraries(tmp_path: Path) -> 
     tensors[f"{name}_scales"] = tensors[f"{name}_scales"][:2].contiguous()
     with pytest.raises(CheckpointError, match=r"down_proj_scales' has the shape"):
         opened(folder(tmp_path / "damaged", tensors, {"quant_method": "mxfp4"}))
+
+
+def test_biases_of_zeros_that_autogptq_adds_are_left_unread(tmp_path: Path) -> None:
+    tensors = tensors_of("gptq")
+    other = "model.layers.1.mlp.up_proj"
+    layer = [key for key in tensors if MODULE in key]
+    tensors |= {key.replace(MODULE, other): tensors[key].clone() for key in layer}
+    tensors |= {f"{MODULE}.bias": torch.zeros(64), f"{other}.bias": torch.zeros(64)}
+
+    def names() -> set[str]:
+        path = folder(tmp_path, tensors, FORMATS["gptq"].config)
+        with open_checkpoint(resolve_model(str(path))) as checkpoint:
+            return set(checkpoint.names() or ())
+
+    assert names() == {f"{MODULE}.weight", f"{other}.weight", "model.norm.weight"}
+    tensors[f"{other}.bias"] = torch.ones(64)
+    assert {f"{MODULE}.bias", f"{other}.bias"} <= names()
+
+
+def test_dummy_weights_of_a_quantised_model_are_plain_and_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder(tmp_path, tensors_of("gptq"), FORMATS["gptq"].config)
+    files = resolve_model(str(path))
+    with (
+        caplog.at_level(logging.WARNING, logger="engine"),
+        open_checkpoint(files, load_format="dummy") as checkpoint,
+    ):
+        assert checkpoint.quantised(f"{MODULE}.weight") is None
+    assert "config.json describes weights quantised with gptq" in caplog.text
