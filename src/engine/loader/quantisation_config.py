@@ -68,7 +68,6 @@ def _gptq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
         layout="gptq",
         bits=values.one_of("bits", (2, 3, 4, 8)),
         group=values.group_size("group_size"),
-        is_symmetric=values.flag("sym", True),
         zeros_less_one=kind == "gptq",
     )
     skips = values.names("modules_to_not_convert")
@@ -100,7 +99,6 @@ def _awq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
         layout="awq",
         bits=values.one_of(bits_key, (4,)),
         group=values.group_size(group_key),
-        is_symmetric=not values.flag("zero_point", True),  # zero points are there all the same
     )
     return _all_but(values.names("modules_to_not_convert"), scheme)
 
