@@ -97,6 +97,15 @@ def test_compressed_groups_are_chosen_as_the_library_does() -> None:
         assert (None if found is None else found.bits) == bits, module
 
 
+def test_blocks_may_be_written_as_older_files_do() -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block"}
+    for written in ("64x128", [64, 128]):
+        config = compressed_config({**weights, "block_structure": written}, "float-quantized")
+        found = scheme_of(config)
+        assert found is not None
+        assert found.tile == (64, 128)
+
+
 def test_gptq_rules_for_some_layers() -> None:
     config = {
         **FORMATS["gptq"].config,
