@@ -41,21 +41,13 @@ def read_quantisation(config: Mapping[str, Any]) -> QuantisationConfig | None:
         return None
     values = QuantisationValues(found)
     method = values.method()
-    readers = {
-        "gptq": _gptq,
-        "awq": _awq,
-        "compressed-tensors": compressed_rules,
-        "fp8": _fp8,
-        "bitsandbytes": _bitsandbytes,
-        "mxfp4": _mxfp4,
-    }
-    if method not in readers:
+    if method not in METHODS:
         msg = (
             f"config.json: quantization_config.quant_method is {method!r}; the engine runs "
-            f"{', '.join(readers)}, and GGUF files. Use a checkpoint in one of these formats."
+            f"{', '.join(METHODS)}, and GGUF files. Use a checkpoint in one of these formats."
         )
         raise UnsupportedModelError(msg)
-    return QuantisationConfig(method, readers[method](values))
+    return QuantisationConfig(method, METHODS[method](values))
 
 
 def _gptq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
@@ -145,6 +137,17 @@ def _mxfp4(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
 
 def _all_but(skips: tuple[str, ...], scheme: WeightScheme) -> Callable[[str], WeightScheme | None]:
     return lambda module: None if names_module(skips, module) else scheme
+
+
+METHODS: Mapping[str, Callable[[QuantisationValues], Callable[[str], WeightScheme | None]]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": compressed_rules,
+    "fp8": _fp8,
+    "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
+}
+"""`quant_method` -> what reads the rest of the object."""
 
 
 def names_module(patterns: tuple[str, ...], module: str) -> bool:
