@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,24 @@ def test_close_leaves_the_engine_to_others_who_use_it(shared_fakes: type[FakeEng
     assert not second.engine.is_closed
     second.close()
     assert shared_fakes._shared["fake"].is_closed
+
+
+def test_an_engine_that_nobody_uses_is_not_in_the_way(tiny_llama: Path) -> None:
+    def make(**options: Any) -> LocalLLM:
+        return LocalLLM(str(tiny_llama), engine_kwargs={"num_threads": 1, **options})
+
+    used = make(device="cpu")
+    first = used.engine
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        make(device="cpu", max_num_seqs=3).load()
+    assert not first.is_closed
+    # Nobody can close it any more: the object is gone, and was part of a cycle.
+    used.additional_kwargs["itself"] = used
+    del used
+    other = make(device="cpu", max_num_seqs=3).load()
+    assert first.is_closed
+    assert other.engine.config.max_num_seqs == 3
+    other.close()
 
 
 def test_engine_passed_in_is_left_running(fake: FakeEngine) -> None:
