@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,21 +60,15 @@ def test_embeddings(embedder: engine.Engine) -> None:
     CHECKS["26_embeddings"](subjects.embedding(embedder))
 
 
-def test_from_the_shell(tmp_path: Path, support_dir: Path) -> None:
+def test_from_the_shell_as_documented(tmp_path: Path, support_dir: Path) -> None:
     source = Path(engine.__file__).parents[1]
+    document = (source.parent / "docs" / "LLAMA_INDEX.md").read_text()
+    (block,) = re.findall(r"```sh\n(pytest .*?)```", document, re.DOTALL)
+    command = shlex.split(block.replace("\\\n", " "))
+    command[command.index("my_package.my_module:make_llm")] = "llama_index_subjects:scripted"
+    options = ["-q", "-k", "02_types or 26_emb", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "llm_connectors.testing.llama_index.plugin",
-            ),
-            *("--pyargs", "llm_connectors.testing.llama_index", "-k", "02_types or 26_emb"),
-            *("--llm-factory", "llama_index_subjects:scripted", "-p", "no:cacheprovider"),
-        ],
+        [sys.executable, "-m", *command, *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (source, support_dir)))},
         capture_output=True,
@@ -81,6 +77,27 @@ def test_from_the_shell(tmp_path: Path, support_dir: Path) -> None:
         check=False,
     )
     assert "1 passed, 1 skipped, 26 deselected" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.demo_model
+@pytest.mark.usefixtures("demo_model", "embedding_model")
+def test_the_documents_code_runs(tmp_path: Path) -> None:
+    """All Python blocks in one process, one after the other."""
+    source = Path(engine.__file__).parents[1]
+    document = (source.parent / "docs" / "LLAMA_INDEX.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert len(blocks) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3, done.stdout
 
 
 # ---- the control: what LlamaIndex's own mocks pass and fail

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -202,6 +203,45 @@ def test_a_pickle_from_another_process_names_the_problem(fake: FakeEngine) -> No
         with pytest.raises(ForeignProcessError):
             asyncio.run(other.achat(USER))
     assert not issubclass(ForeignProcessError, ValueError | TypeError | RuntimeError)
+
+
+def test_a_pipeline_with_processes_fails_instead_of_loading_more_engines(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """`num_workers` of a pipeline pickles the model into spawned processes; it must not hang."""
+    script = tmp_path / "pipeline.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            from llama_index.core.extractors import KeywordExtractor
+            from llama_index.core.ingestion import IngestionPipeline
+            from llama_index.core.schema import TextNode
+            from llm_connectors.llama_index import ForeignProcessError, LocalLLM
+
+            if __name__ == "__main__":
+                options = {{"device": "cpu", "num_threads": 1}}
+                llm = LocalLLM({str(tiny_llama)!r}, engine_kwargs=options, max_tokens=4)
+                pipeline = IngestionPipeline(transformations=[KeywordExtractor(llm=llm)])
+                nodes = [TextNode(text="a"), TextNode(text="b")]
+                assert len(pipeline.run(nodes=nodes, num_workers=1)) == 2
+                try:
+                    pipeline.run(nodes=nodes, num_workers=2)
+                except ForeignProcessError as error:
+                    print(error)
+                llm.close()
+            """
+        )
+    )
+    source = Path(engine.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "num_workers of an extractor" in done.stdout, done.stdout + done.stderr
 
 
 def test_late_config_errors_are_not_value_errors(

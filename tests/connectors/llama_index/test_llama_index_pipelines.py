@@ -17,6 +17,7 @@ from llama_index.core import (
     Settings,
     StorageContext,
     VectorStoreIndex,
+    load_index_from_storage,
 )
 from llama_index.core import extractors as core
 from llama_index.core.embeddings import MockEmbedding
@@ -26,6 +27,7 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
+from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode
 from llama_index.core.tools import QueryEngineTool
 from llama_index_fake_engine import FakeEngine
@@ -46,16 +48,7 @@ from llm_connectors.llama_index import (
 
 NUM_DOCUMENTS = 200
 QUIET: dict[str, Any] = {"show_progress": False}
-MODES = (
-    "compact",
-    "refine",
-    "tree_summarize",
-    "accumulate",
-    "compact_accumulate",
-    "simple_summarize",
-    "no_text",
-    "context_only",
-)
+ASKS_NOBODY = (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # LlamaIndex's own
     pytest.mark.filterwarnings("ignore:Payload indexes:UserWarning"),  # Qdrant's, on a disk
@@ -172,13 +165,13 @@ def index(llm: LocalLLM, documents: list[Document]) -> VectorStoreIndex:
     return VectorStoreIndex.from_documents(documents[:40])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ResponseMode)
 def test_all_response_modes(index: VectorStoreIndex, fake: FakeEngine, mode: str) -> None:
     engine = index.as_query_engine(response_mode=mode, similarity_top_k=3)
     response = engine.query("abstract base classes")
     assert len(response.source_nodes) == 3
     again = asyncio.run(engine.aquery("abstract base classes"))
-    if mode not in ("no_text", "context_only"):
+    if mode not in ASKS_NOBODY:
         assert "Seen" in str(response)
         assert str(again) == str(response)
 
@@ -290,6 +283,21 @@ def test_vectors_of_another_length_than_the_store(
     with pytest.raises(ValueError, match=r"32|64"):
         other.as_query_engine().query("What?")
     client.close()
+
+
+def test_vectors_of_another_length_than_the_index(
+    llm: LocalLLM, index: VectorStoreIndex, tmp_path: Path
+) -> None:
+    """An index in memory, and one that was written to a folder and read again."""
+    index.storage_context.persist(str(tmp_path))
+    loaded = load_index_from_storage(
+        StorageContext.from_defaults(persist_dir=str(tmp_path)),
+        embed_model=WordEmbedding(embed_dim=32),
+    )
+    with pytest.raises(ValueError, match=r"32|64"):
+        loaded.as_query_engine().query("What?")
+    with pytest.raises(ValueError, match=r"32|64"):
+        asyncio.run(loaded.as_query_engine().aquery("What?"))
 
 
 # ---- bad input
