@@ -3,7 +3,7 @@
 Documents are docstrings of Python's standard library (`python_documents`). On a CPU the ingestion
 runs the demo model: ours from its GGUF file, theirs with the same weights in bfloat16.
 
-* ingest/*: an `IngestionPipeline` with title, summary, keyword and question extractors, 24 tokens
+* ingest/*: an `IngestionPipeline` with title, summary, keyword and question extractors, 64 tokens
   an answer, caches cold, all in one process (`llama_index_ingest`). "stock" has LlamaIndex's
   extractors with their defaults, "batched" goes through `batched`, "group" is one `ExtractorGroup`
   with shared prefixes. "engine-…" is `Engine.generate` on the very prompts of that pipeline, all
@@ -199,11 +199,20 @@ def _embedding_overhead(plan: Plan, rows: RowFile, repeats: int) -> None:
             for _ in range(repeats):
                 engine.embed(["a text"])[0].tolist()
 
+        def undecorated() -> None:
+            for _ in range(repeats):
+                embed._get_text_embedding("a text")
+
         def embeds() -> None:
             for _ in range(repeats):
                 embed.get_text_embedding("a text")
 
-        ways = {"embed-engine": bare, "embed": embeds, "aembed": lambda: asyncio.run(aembeds())}
+        ways = {
+            "embed-engine": bare,
+            "embed-undecorated": undecorated,
+            "embed": embeds,
+            "aembed": lambda: asyncio.run(aembeds()),
+        }
         _add_cpu_times(rows, ways, repeats)
 
 

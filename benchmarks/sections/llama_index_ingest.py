@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine import Engine
 
 SECTION = "llama_index"
-MAX_TOKENS = 24
+MAX_TOKENS = 64
 MAX_IN_FLIGHT = 256
 SIZES = {"quick": (2, 100), "cpu": (8, 800), "cuda": (100, 800)}
 """Documents, and characters of each that are used."""

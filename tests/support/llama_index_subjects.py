@@ -24,8 +24,10 @@ def tiny_folder() -> str:
 
 
 @functools.cache
-def tiny_engine() -> Engine:
-    engine = Engine(tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64)
+def tiny_engine(placement: str = "thread") -> Engine:
+    engine = Engine(
+        tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64, placement=placement
+    )
     submit = engine.submit
 
     def submit_and_remember(prompt: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,9 +41,9 @@ def tiny_engine() -> Engine:
 last_sent: list[int] = []
 
 
-def tiny(max_tokens: int = 96) -> Subject:
+def tiny(max_tokens: int = 96, placement: str = "thread") -> Subject:
     """`LocalLLM` on a random Llama: real tokens, constraints and KV blocks."""
-    engine = tiny_engine()
+    engine = tiny_engine(placement)
     return Subject(
         LocalLLM(engine=engine, max_tokens=max_tokens, temperature=0.0, tool_parser="hermes"),
         running=lambda: engine.stats().running + engine.stats().waiting,

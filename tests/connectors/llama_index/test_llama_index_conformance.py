@@ -37,6 +37,20 @@ def test_on_a_real_engine(name: str) -> None:
     CHECKS[name](subjects.tiny(16) if name in MANY_ANSWERS else subjects.tiny())
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[str]:
+    """The placement, with an engine that ends with the module."""
+    yield "process"
+    subjects.tiny_engine("process").close()
+
+
+@pytest.mark.parametrize(
+    "name", ["03_streams_equal_answers", "12_gathered", "15_giving_up", "19_structured"]
+)
+def test_on_an_engine_in_a_process_of_its_own(name: str, process: str) -> None:
+    CHECKS[name](subjects.tiny(placement=process))
+
+
 SCRIPTED = ("01_identity", "04_one_final_chunk", "05_whole_characters", "17_tools")
 
 
