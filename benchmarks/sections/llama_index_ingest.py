@@ -47,53 +47,58 @@ class RecordedLLM(LocalLLM):
 
 
 def measure(plan: Plan, rows: RowFile) -> None:
-    """All ways in one process, the peer's two halves before and after ours."""
+    """All ways in one process, with a third of the peer's documents before each of ours."""
     nodes = _documents(plan)
-    half = len(nodes) // 2
     peer = _peer() if has_peer(plan) else None
-    first = _ingest(_extractors(peer), nodes[:half]) if peer else Taken(0.0, 0.0)
+    peers: list[Taken] = []
+    prompts: dict[str, list[list[int]]] = {}
     with _engine(plan) as engine:
-        _ours(plan, rows, engine, nodes)
+        llm = RecordedLLM(engine=engine, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+        llm.complete("Hi", max_tokens=2)
+        # In the order of their peaks, and the bare engine last: its peak is the highest ever.
+        for place, how in enumerate(WAYS):
+            if peer:
+                peers.append(_ingest(_extractors(peer), nodes[place :: len(WAYS)]))
+            prompts[how] = _ours(plan, rows, llm, how, nodes)
+        for how in ("batched", "group"):
+            engine.reset_prefix_cache()
+            started_s = time.perf_counter()
+            engine.generate(prompts[how], fixed_length(MAX_TOKENS))
+            seconds = time.perf_counter() - started_s
+            rows.add(SECTION, f"ingest/engine-{how}", seconds, "s", requests=len(prompts[how]))
     if peer:
-        second = _ingest(_extractors(peer), nodes[half:])
-        wall_s, cpu_s = (sum(halves) for halves in zip(first, second, strict=True))
+        wall_s, cpu_s = (sum(parts) for parts in zip(*peers, strict=True))
         rows.add(SECTION, "ingest/HuggingFaceLLM", wall_s, "s", cpu_s=cpu_s, peak_running=1)
 
 
-def _ours(plan: Plan, rows: RowFile, engine: Engine, nodes: list[Any]) -> None:
-    llm = RecordedLLM(engine=engine, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
-    llm.complete("Hi", max_tokens=2)
-    prompts: dict[str, list[list[int]]] = {}
-    # In the order of their peaks, and the bare engine last: its peak is the highest ever.
-    for how, make in WAYS.items():
+def _ours(
+    plan: Plan, rows: RowFile, llm: RecordedLLM, how: str, nodes: list[Any]
+) -> list[list[int]]:
+    """One way's row; the prompts that it sent."""
+    engine = llm.engine
+    engine.reset_prefix_cache()
+    sent.clear()
+    before = engine.stats()
+    taken = _ingest(WAYS[how](llm), nodes)
+    after = engine.stats()
+    prompts = list(sent)
+    if plan.device == "cuda" and how != "stock":  # the first run on a GPU compiles
         engine.reset_prefix_cache()
-        sent.clear()
-        before = engine.stats()
-        taken = _ingest(make(llm), nodes)
-        after = engine.stats()
-        prompts[how] = list(sent)
-        if plan.device == "cuda" and how != "stock":  # the first run on a GPU compiles
-            engine.reset_prefix_cache()
-            taken = min(taken, _ingest(make(llm), nodes))
-        asked = after.prefix_query_tokens - before.prefix_query_tokens
-        rows.add(
-            SECTION,
-            f"ingest/ours-{how}",
-            taken.wall_s,
-            "s",
-            cpu_s=taken.cpu_s,
-            requests=len(prompts[how]),
-            documents=len(nodes),
-            prompt_tokens=asked,
-            peak_running=after.peak_running,
-            prefix_hit_share=(after.prefix_hit_tokens - before.prefix_hit_tokens) / asked,
-        )
-    for how in ("batched", "group"):
-        engine.reset_prefix_cache()
-        started_s = time.perf_counter()
-        engine.generate(prompts[how], fixed_length(MAX_TOKENS))
-        seconds = time.perf_counter() - started_s
-        rows.add(SECTION, f"ingest/engine-{how}", seconds, "s", requests=len(prompts[how]))
+        taken = min(taken, _ingest(WAYS[how](llm), nodes))
+    asked = after.prefix_query_tokens - before.prefix_query_tokens
+    rows.add(
+        SECTION,
+        f"ingest/ours-{how}",
+        taken.wall_s,
+        "s",
+        cpu_s=taken.cpu_s,
+        requests=len(prompts),
+        documents=len(nodes),
+        prompt_tokens=asked,
+        peak_running=after.peak_running,
+        prefix_hit_share=(after.prefix_hit_tokens - before.prefix_hit_tokens) / asked,
+    )
+    return prompts
 
 
 def _documents(plan: Plan) -> list[Any]:
