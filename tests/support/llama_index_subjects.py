@@ -28,13 +28,18 @@ def tiny_engine(placement: str = "thread") -> Engine:
     engine = Engine(
         tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64, placement=placement
     )
-    submit = engine.submit
+    submit, submit_many = engine.submit, engine.submit_many
 
     def submit_and_remember(prompt: Any, *args: Any, **kwargs: Any) -> Any:
         last_sent[:] = prompt
         return submit(prompt, *args, **kwargs)
 
+    def submit_many_and_remember(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        last_sent[:] = prompts[-1]
+        return submit_many(prompts, *args, **kwargs)
+
     engine.submit = submit_and_remember  # type: ignore[method-assign]
+    engine.submit_many = submit_many_and_remember  # type: ignore[method-assign]
     return engine
 
 

@@ -8,7 +8,7 @@ import inspect
 import os
 import socket
 import threading
-import time
+import timeit
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
@@ -37,7 +37,6 @@ from llm_connectors.testing.llama_index.subject import (
 )
 
 _STREAMS = tuple(name for name in ENDPOINTS if "stream" in name)
-_MANY_ACCESSES = 1000
 
 
 class _Answer(BaseModel):
@@ -244,10 +243,8 @@ def check_10_metadata(subject: Subject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((socket.socket, "connect"), (builtins, "open"), (os, "open")):
             patch.setattr(owner, name, _refused_here(getattr(owner, name)))
-        started_s = time.perf_counter()
-        for _ in range(_MANY_ACCESSES):
-            _ = llm.metadata
-        per_access_s = (time.perf_counter() - started_s) / _MANY_ACCESSES
+        # Others on the machine can only make it slower, so the best of ten is the class's own.
+        per_access_s = min(timeit.repeat(lambda: llm.metadata, number=100, repeat=10)) / 100
     assert per_access_s < 1e-4, f"{1e6 * per_access_s:.0f} µs"
     # A request that just fits starts; one token more is refused.
     used = responses(llm, "chat", max_tokens=1)[-1].raw["usage"]["prompt_tokens"]
