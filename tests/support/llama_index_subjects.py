@@ -23,8 +23,13 @@ def tiny_folder() -> str:
     return str(write_tiny_llama(tempfile.mkdtemp(), max_position_embeddings=8192))
 
 
-@functools.cache
 def tiny_engine(placement: str = "thread") -> Engine:
+    """One for each placement, made when first asked for."""
+    return _engine_in(placement)
+
+
+@functools.cache
+def _engine_in(placement: str) -> Engine:
     engine = Engine(
         tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64, placement=placement
     )
