@@ -16,6 +16,7 @@ from llama_index.core import (
     PropertyGraphIndex,
     Settings,
     StorageContext,
+    SummaryIndex,
     VectorStoreIndex,
     load_index_from_storage,
 )
@@ -217,9 +218,29 @@ def test_sub_questions(llm: LocalLLM, fake: FakeEngine, index: VectorStoreIndex)
         llm=llm,
         verbose=False,
     )
+    fake.step_s = 0.02
     response = engine.query("What are ast, abc and cmd?")
     assert str(response) == "It is a module."
     assert len(fake.requests) == 5
+    assert fake.peak_running == 3
+
+
+def test_answers_that_core_gathers_are_one_batch(
+    llm: LocalLLM, fake: FakeEngine, documents: list[Document]
+) -> None:
+    """Accumulation and the leaves of a tree, in sync code too."""
+    fake.answer = lambda _prompt, _params: "word " * 30
+    fake.step_s = 0.02
+    index = SummaryIndex.from_documents([Document(text=one.text[:400]) for one in documents[:40]])
+    engine = index.as_query_engine(response_mode="accumulate", use_async=True)
+    assert str(engine.query("What?")).count("Response ") == 40
+    assert fake.peak_running == 40
+    fake.peak_running = 0
+    long = SummaryIndex.from_documents(documents[:80])
+    tree = long.as_query_engine(response_mode="tree_summarize")
+    num_requests = len(fake.requests)
+    asyncio.run(tree.aquery("What?"))
+    assert 4 <= fake.peak_running == len(fake.requests) - num_requests - 1
 
 
 def test_many_evaluations(llm: LocalLLM, fake: FakeEngine, documents: list[Document]) -> None:
