@@ -14,11 +14,22 @@ from typing import Any
 
 import llama_index.core
 import pytest
-from llama_index.core import Document, Settings, StorageContext, VectorStoreIndex
+from llama_index.core import (
+    Document,
+    PropertyGraphIndex,
+    Settings,
+    StorageContext,
+    VectorStoreIndex,
+)
 from llama_index.core import extractors as core
+from llama_index.core.evaluation import BatchEvalRunner, FaithfulnessEvaluator
+from llama_index.core.indices.property_graph import SimpleLLMPathExtractor
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.memory import ChatMemoryBuffer
-from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.query_engine import SubQuestionQueryEngine
+from llama_index.core.question_gen import LLMQuestionGenerator
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.tools import QueryEngineTool
 from python_documents import python_documents
 from tiny_checkpoints import write_tiny_llama
 
@@ -195,3 +206,55 @@ def test_streams_and_chats_over_the_store(index: VectorStoreIndex) -> None:
     chat = index.as_chat_engine(chat_mode="condense_plus_context", memory=memory)
     assert str(chat.chat("What is abc?"))
     assert "".join(chat.stream_chat("And cmd?").response_gen)
+
+
+# ---- components that read free text, with answers that are held to what they can read
+
+
+def test_a_graph_of_all_documents(llm: LocalLLM, nodes: list[BaseNode]) -> None:
+    held = llm.with_options(
+        regex=r"\([a-z]{3,8}, [a-z]{3,8}, [a-z]{3,8}\)", max_tokens=60, ignore_eos=False
+    )
+    extractor = SimpleLLMPathExtractor(llm=held, max_paths_per_chunk=1)
+    graph = PropertyGraphIndex(
+        nodes=[TextNode(text=node.get_content(MetadataMode.NONE)) for node in nodes],
+        llm=held,
+        kg_extractors=batched([extractor], 64),
+        embed_kg_nodes=False,
+    )
+    # Equal triples are one relation.
+    assert 1 <= len(graph.property_graph_store.graph.relations) <= len(nodes)
+
+
+def test_sub_questions_and_evaluations(index: VectorStoreIndex, llm: LocalLLM) -> None:
+    question = {
+        "type": "object",
+        "properties": {
+            "sub_question": {"type": "string", "minLength": 3, "maxLength": 12},
+            "tool_name": {"const": "python"},
+        },
+        "required": ["sub_question", "tool_name"],
+    }
+    schema = {"type": "array", "items": question, "minItems": 2, "maxItems": 2}
+    generator = LLMQuestionGenerator.from_defaults(
+        llm=llm.with_options(json_schema=schema, max_tokens=250, ignore_eos=False)
+    )
+    tool = QueryEngineTool.from_defaults(index.as_query_engine(), name="python", description="d")
+    engine = SubQuestionQueryEngine.from_defaults(
+        [tool], question_gen=generator, llm=llm, use_async=False, verbose=False
+    )
+    answer = engine.query("What are ast and abc?")
+    assert str(answer) != "Empty Response"
+    assert sum("Sub question" in one.node.get_content() for one in answer.source_nodes) == 2
+
+    judge = FaithfulnessEvaluator(llm=llm.with_options(choice=["YES", "NO"], max_tokens=4))
+    runner = batched(BatchEvalRunner({"faithful": judge}), 32)
+    results = asyncio.run(
+        runner.aevaluate_response_strs(
+            queries=["What?"] * 32,
+            response_strs=["A module."] * 32,
+            contexts_list=[[one.node.get_content()] for one in answer.source_nodes[:1]] * 32,
+        )
+    )
+    assert {one.feedback for one in results["faithful"]} <= {"YES", "NO"}
+    assert len(results["faithful"]) == 32
