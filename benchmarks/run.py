@@ -9,8 +9,9 @@ Sections on a GPU: table (the five workloads and the start), busy (beside spinni
 latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
 sequences, context), memory, kernels, embed (vectors beside the usual loop). On a CPU: cpu (side by
 side with transformers), callers (what the caller's side costs per request), host (the same at a
-GPU's pace, on a device that only waits), embed. On both: llama_index (pipelines of LlamaIndex),
-constrained (64 JSON answers beside the same requests without a schema).
+GPU's pace, on a device that only waits), embed, quantised (the demo model in every kind of format).
+On both: llama_index (pipelines of LlamaIndex), constrained (64 JSON answers beside the same
+requests without a schema).
 
 Every figure is a row, appended to `bench-results/rows.jsonl` the moment it is known. Each job is a
 process of its own with a time budget; a job over its budget is killed, its rows stay. At the end
@@ -57,6 +58,7 @@ CPU_SECTIONS = {
     "embed": 240.0,
     "llama_index": 400.0,
     "constrained": 240.0,
+    "quantised": 300.0,
 }
 SECTIONS = {**GPU_SECTIONS, **CPU_SECTIONS}
 

@@ -79,7 +79,10 @@ EXPECTED = {
     "frameworks": ["tiny/Engine.generate", "tiny/ChatLocal.abatch", "tiny/LocalLLM.achat x8"],
     "host": ["Engine.generate", "ChatLocal.abatch", "LocalLLM.achat x12"],
     "constrained": ["tiny/free", "tiny/constrained", "tiny/others beside constrained"],
-    "llama_index": ["ingest/ours-stock", "ingest/ours-group", "achat/256", "overhead/achat"],
+    "llama_index": [
+        *("ingest/ours-stock", "ingest/ours-group", "ingest/engine-group"),
+        *("achat/256", "aquery/64-engine", "overhead/achat"),
+    ],
     "callers": [
         "Engine.chat",
         "ChatLocal.batch",

@@ -109,5 +109,7 @@ def sample_rows(path):
             steps=200,
             **on,
         )
+    for kind, value in (("gguf", 90.0), ("awq", 80.0)):
+        rows.add("quantised", f"{kind}/decode_tok_s", value, "tok/s", kind=kind)
     rows.add("cpu", "import/engine", 0.02, "s", module="engine")
     return load_rows(path)
