@@ -2,7 +2,7 @@
 
 The formula, the packing of query heads and the list of work items are those of
 `prefill_attention`, which hands over what this kernel can do: 16 bit, head_dim 64 and 128, no
-window, no soft-cap.
+window or chunks, no soft-cap, no sinks.
 
 | argument            | shape, dtype                       | duty                                  |
 |---------------------|------------------------------------|---------------------------------------|
@@ -104,10 +104,8 @@ def can_attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    sliding_window: int | None,
-    logit_softcap: float,
 ) -> bool:
-    """Whether the kernel serves such a layer; depends on the model and its caches alone."""
+    """Whether the kernel reads such caches; depends on the model and its caches alone."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     row = num_kv_heads * head_dim
     return (
@@ -116,8 +114,6 @@ def can_attend(
         and head_dim in (64, 128)
         and block_size >= 16
         and q.shape[1] // num_kv_heads <= 128
-        and sliding_window is None
-        and not logit_softcap
         and k_cache.stride() == v_cache.stride() == (block_size * row, row, head_dim, 1)
         and k_cache.data_ptr() % 16 == v_cache.data_ptr() % 16 == 0
     )
