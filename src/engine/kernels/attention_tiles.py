@@ -96,41 +96,32 @@ def with_sink(row_sum, row_max, sinks_ptr, heads, is_row):
 
 
 @triton.jit
-def load_scales(scales_ptr, places, keys, low_key, end_key):
-    """Scales of the keys of a tile that may be read, else 0; None without a pointer."""
-    if scales_ptr is None:
-        return None
-    else:  # noqa: RET505 - a compile-time branch: only one of them is traced
-        return tl.load(scales_ptr + places, mask=(keys >= low_key) & (keys < end_key), other=0.0)
+def scores_of(q, k, scales_ptr, places, is_key):
+    """[BLOCK_M, BLOCK_N] fp32: the bare products of q and k^T.
 
-
-@triton.jit
-def scores_of(q, k, scales):
-    """[BLOCK_M, BLOCK_N] fp32, the bare products of q and k^T; `scales` [BLOCK_N] of 8-bit keys.
-
-    Stored numbers are exact in q's dtype; their scales, None for plain keys, follow in fp32.
+    Stored numbers are exact in q's dtype; scales of 8-bit keys, at `places` where `is_key`, follow
+    in fp32. Plain keys have no pointer.
     """
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-    if scales is not None:
-        scores *= scales[None, :]
+    if scales_ptr is not None:
+        scores *= tl.load(scales_ptr + places, mask=is_key, other=0.0)[None, :]
     return scores
 
 
 @triton.jit
-def add_values(probs, v, scales, acc, dtype: tl.constexpr):
-    """Acc + probs v, with the factors rounded to `dtype`; `scales` [BLOCK_N] of 8-bit values.
+def add_values(probs, v, acc, scales_ptr, places, is_key, dtype: tl.constexpr):
+    """`acc + probs v`, with the factors rounded to `dtype`; scales as in `scores_of`.
 
     A scale goes into the weight of its key, which is rounded anyway. In fp16, whose range ends at
     6e-8, it goes into the values instead.
     """
-    if scales is None:
-        return tl.dot(probs.to(dtype), v, acc, input_precision="ieee")
-    elif dtype == tl.float16:  # noqa: RET505 - compile-time branches: only one of them is traced
-        v = (v.to(tl.float32) * scales[:, None]).to(dtype)
-        return tl.dot(probs.to(dtype), v, acc, input_precision="ieee")
-    else:
-        probs *= scales[None, :]
-        return tl.dot(probs.to(dtype), v.to(dtype), acc, input_precision="ieee")
+    if scales_ptr is not None:
+        scales = tl.load(scales_ptr + places, mask=is_key, other=0.0)
+        if dtype == tl.float16:
+            v = v.to(tl.float32) * scales[:, None]
+        else:
+            probs *= scales[None, :]
+    return tl.dot(probs.to(dtype), v.to(dtype), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -211,8 +202,8 @@ def attend_tiles(
             k = tl.load(k_ptr + places)
         else:
             k = tl.load(k_ptr + places, mask=is_column, other=0.0)
-        k_scales = load_scales(k_scales_ptr, scale_places, keys, low_key, end_key)
-        scores = scores_of(q, k, k_scales)
+        is_key = (keys >= low_key) & (keys < end_key)
+        scores = scores_of(q, k, k_scales_ptr, scale_places, is_key)
         visible = keys < end_key
         if IS_MASKED:
             visible = (keys[None, :] <= query_positions[:, None]) & (keys < end_key)[None, :]
@@ -238,8 +229,7 @@ def attend_tiles(
             v = tl.load(v_ptr + places)
         else:
             v = tl.load(v_ptr + places, mask=is_column, other=0.0)
-        v_scales = load_scales(v_scales_ptr, scale_places, keys, low_key, end_key)
-        acc = add_values(probs, v, v_scales, acc, q.dtype)
+        acc = add_values(probs, v, acc, v_scales_ptr, scale_places, is_key, q.dtype)
     return acc, row_max, row_sum
 
 

@@ -62,7 +62,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from engine.kernels.attention_tiles import (
     add_values,
-    load_scales,
     num_multiprocessors,
     score_factors,
     scores_of,
@@ -245,10 +244,9 @@ def _split_kernel(
 
         q = tl.load(q_ptrs + seq * stride_q_token, mask=mask, other=0.0)
         k = tl.load(k_ptr + places, mask=is_read, other=0.0)
-        k_scales = load_scales(k_scales_ptr, scale_places, keys, low, end)
         if k_scales_ptr is not None:
             k = widened(k, q.dtype, k_ptr.dtype.element_ty == tl.int8, IS_ASSEMBLED)
-        scores = scores_of(q, k, k_scales)
+        scores = scores_of(q, k, k_scales_ptr, scale_places, visible)
         probs, acc, row_max, row_sum = softmax_step(
             scores,
             visible[None, :],
@@ -270,8 +268,7 @@ def _split_kernel(
             is_pair = visible[:, None] & (pair_columns < width // 2)[None, :]
             pairs = tl.load(v_ptr + places, mask=is_pair, other=0)
             v = columns_of_pairs(pairs, q.dtype, k_ptr.dtype.element_ty == tl.int8, IS_ASSEMBLED)
-        v_scales = load_scales(v_scales_ptr, scale_places, keys, low, end)
-        acc = add_values(probs, v, v_scales, acc, q.dtype)
+        acc = add_values(probs, v, acc, v_scales_ptr, scale_places, visible, q.dtype)
 
         if is_last:
             if place < 0:
