@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from environment import print_table, write_rows
 
 from engine.kernels import dispatch
-from engine.kernels.kv_cache import QuantisedCache, bytes_of_head, quantise
+from engine.kernels.kv_cache import (
+    QuantisedCache,
+    bytes_of_head,
+    is_heads_first,
+    make_cache,
+    quantise,
+)
 from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 from engine.kernels.moe_reference import Routing
 
@@ -137,16 +143,22 @@ def attention_inputs(
     size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     cache_bytes = 2 * torch.Size(size).numel() * dtype.itemsize
     caches = [
-        (
-            torch.randn(size, device=device, dtype=dtype),
-            torch.randn(size, device=device, dtype=dtype),
-        )
+        (random_cache(size, dtype, device), random_cache(size, dtype, device))
         for _ in range(min(8, max(1, round(cold / cache_bytes))))
     ]
     q = torch.randn(
         len(metadata.positions), shape.num_q_heads, shape.head_dim, device=device, dtype=dtype
     )
     return q, caches
+
+
+def random_cache(
+    size: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A plain cache as an engine's on that device."""
+    cache = make_cache(size, dtype, device)
+    assert isinstance(cache, torch.Tensor)
+    return cache.normal_()
 
 
 def attention_row(
@@ -178,7 +190,10 @@ def attention_row(
     def sdpa(call: int) -> None:
         # The same bytes as dense tensors: what torch does when no blocks are in its way.
         k, v = (
-            cache.view(-1)[:num_dense].view(dense).transpose(1, 2)
+            (cache.transpose(1, 2) if is_heads_first(cache) else cache)
+            .reshape(-1)[:num_dense]
+            .view(dense)
+            .transpose(1, 2)
             for cache in caches[call % len(caches)]
         )
         queries = q.view(num_seqs, new, shape.num_q_heads, shape.head_dim).transpose(1, 2)
@@ -250,6 +265,13 @@ def shared_prefix_row(
     )
 
 
+def in_order_of(cache: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, in memory as `cache` is."""
+    if is_heads_first(cache):
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    return values.contiguous()
+
+
 def eight_bit_row(
     shape: Shape,
     seqs: list[tuple[int, int]],
@@ -266,9 +288,12 @@ def eight_bit_row(
     # Blocks by themselves: in float32, as they are rounded, all would take twice the memory.
     pairs = [
         tuple(
-            QuantisedCache(torch.cat(values), torch.cat(scales).transpose(1, 2).contiguous())
-            for values, scales in (
-                zip(*(quantise(part, stored) for part in cache.split(1024)), strict=True)
+            QuantisedCache(
+                in_order_of(cache, torch.cat(values)),
+                torch.cat(scales).transpose(1, 2).contiguous(),
+            )
+            for cache, (values, scales) in (
+                (cache, zip(*(quantise(part, stored) for part in cache.split(1024)), strict=True))
                 for cache in pair
             )
         )

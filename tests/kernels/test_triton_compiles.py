@@ -284,11 +284,16 @@ def test_prefill_multiplies_by_warp_groups(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "group", "num_kv_heads", "num_tokens"),
-    [(128, 4, 8, 100), (64, 3, 3, 100), (64, 3, 3, 8192)],
+    ("head_dim", "group", "num_kv_heads", "num_tokens", "has_sinks"),
+    [
+        (128, 4, 8, 100, False),
+        (64, 3, 3, 100, False),
+        (64, 3, 3, 8192, False),
+        (64, 8, 8, 8192, True),
+    ],
 )
 def test_prefill_on_hopper_overlaps_softmax_and_products(
-    head_dim: int, group: int, num_kv_heads: int, num_tokens: int
+    head_dim: int, group: int, num_kv_heads: int, num_tokens: int, has_sinks: bool
 ) -> None:
     tiles = prefill_hopper.hopper_tiles(head_dim, num_tokens)
     constants = {
@@ -296,6 +301,8 @@ def test_prefill_on_hopper_overlaps_softmax_and_products(
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": BLOCK_SIZE,
+        "HAS_SINKS": has_sinks,
+        "HEADS_FIRST": num_tokens != 100,
         "CONSUMERS": tiles.consumers,
         "CONSUMER_REGISTERS": tiles.consumer_registers,
         "LOADER_REGISTERS": prefill_hopper.LOADER_REGISTERS,

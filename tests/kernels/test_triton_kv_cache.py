@@ -15,6 +15,7 @@ from kernel_cases import (
     PADDING,
     TOLERANCE,
     AttentionCase,
+    heads_first,
     make_case,
     make_metadata,
     metadata_on,
@@ -30,7 +31,7 @@ from triton_cases import (
 )
 
 from engine.kernels import dispatch, fused_reference, reference
-from engine.kernels.kv_cache import QuantisedCache, make_cache
+from engine.kernels.kv_cache import KVTensor, QuantisedCache, is_heads_first, make_cache, quantise
 from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 pytestmark = NEEDS_TRITON
@@ -165,6 +166,37 @@ def test_attention_over_eight_bits(
         is_strided=True,
     )
     check(case.quantised(cache), device)
+
+
+@pytest.mark.parametrize("cache", [PLAIN, INT8])
+@pytest.mark.parametrize("dtype", [FP16, *on_gpu_only(BF16)])
+def test_the_order_of_heads_in_memory_changes_nothing(
+    device: torch.device, cache: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    case = make_case(SEQS, dtype=dtype, num_q_heads=6, num_kv_heads=2, block_size=64).on(device)
+    outs = []
+    for order in (torch.Tensor.contiguous, heads_first):
+        pair: list[KVTensor] = []
+        for plain in (case.k_cache, case.v_cache):
+            assert isinstance(plain, torch.Tensor)
+            stored, scales = order(plain), None
+            if cache is not None:
+                numbers, scales = quantise(plain.nan_to_num(), cache)
+                stored = order(numbers)
+            pair.append(
+                stored
+                if scales is None
+                else QuantisedCache(stored, scales.transpose(1, 2).contiguous())
+            )
+        dispatch.begin_step(case.metadata)
+        outs.append(
+            kernels("attention").paged_attention(
+                case.q, *pair, case.metadata, softmax_scale=case.softmax_scale
+            )
+        )
+    assert is_heads_first(stored)
+    assert not is_heads_first(case.k_cache.contiguous())
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("cache", CACHES)

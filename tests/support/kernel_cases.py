@@ -76,6 +76,11 @@ def cache_on(cache: KVTensor, device: torch.device) -> KVTensor:
     return cache.to(device)
 
 
+def heads_first(cache: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the tokens that a head has in a block behind one another in memory."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _quantised(cache: KVTensor, dtype: torch.dtype) -> QuantisedCache:
     assert isinstance(cache, torch.Tensor)
     is_poison = cache.isnan().any(-1)

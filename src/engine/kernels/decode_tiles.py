@@ -79,7 +79,7 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> Deco
         return DecodeTiles(32, 3, 4, 2)
     if stored in LIMITS:
         # Twice the keys, for as many bytes: half the instructions that are spent per tile.
-        return DecodeTiles(128, 3, 4, 2 if head_dim > 64 else 3)
+        return DecodeTiles(128, 2 if head_dim > 64 else 3, 4, 3, max_registers=168)
     if head_dim > 64:
         return DecodeTiles(64, 3, 4, 2)
     return DecodeTiles(64, 3, 4, 4, max_registers=128)

@@ -26,7 +26,7 @@ class QuantisedCache:
     """Keys or values of one layer in 8 bits; stands where a plain cache is a tensor.
 
     Attributes:
-        values: [N, block_size, Hkv, D] int8 or float8_e4m3fn, contiguous.
+        values: [N, block_size, Hkv, D] int8 or float8_e4m3fn; on a CPU contiguous.
         scales: [N, Hkv, block_size] float32, contiguous.
     """
 
@@ -53,12 +53,17 @@ def make_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
         dtype: int8 and float8_e4m3fn make a `QuantisedCache`.
         device: Where it lives.
     """
+    num_blocks, block_size, num_kv_heads, _ = shape
     values = torch.empty(tuple(shape), dtype=dtype, device=device)
     if dtype not in LIMITS:
         return values
-    num_blocks, block_size, num_kv_heads, _ = shape
     scales = torch.empty(num_blocks, num_kv_heads, block_size, dtype=torch.float32, device=device)
     return QuantisedCache(values, scales)
+
+
+def is_heads_first(cache: torch.Tensor) -> bool:
+    """Whether the tokens that a head has in a block lie behind one another in memory."""
+    return cache.transpose(1, 2).is_contiguous()
 
 
 def bytes_of_head(head_dim: int, dtype: torch.dtype) -> int:

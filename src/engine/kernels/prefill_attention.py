@@ -36,7 +36,7 @@ decode and rounds like one). Row and block offsets are int64. constexpr: what is
 token and sequence counts are not specialised.
 
 On Hopper, `prefill_hopper` serves most layers in this kernel's place: 16 bit, head_dim 64 or 128,
-no window or chunks, no soft-cap, no sinks, a plain cache. Both round alike in kind but not in every
+no window or chunks, no soft-cap, a plain cache. Both round alike in kind but not in every
 bit; which one a layer has is fixed with the model, so a token's bits are its own either way.
 
 Tuning (`prefill_tiles`): 128 x 64 tiles of rows and keys, two warp groups (wgmma) and three stages
@@ -355,10 +355,12 @@ def prefill_attention(
             layer, else `prefill_tiles`.
     """
     hopper = hopper_kernel() if tiles is None else None
-    sees_all = not (sliding_window or chunk_size or logit_softcap) and sinks is None
+    sees_all = not (sliding_window or chunk_size or logit_softcap)
     is_plain = isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
     if hopper and sees_all and is_plain and hopper.can_attend(q, k_cache, v_cache):
-        hopper.prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+        hopper.prefill_on_hopper(
+            q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale, sinks=sinks
+        )
         return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
