@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -15,14 +14,22 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
 from engine.kernels.kv_cache import bytes_of_head
-from engine.loader.checkpoint import open_checkpoint
-from engine.loader.gguf_blocks import BITS_OF_TYPE
+from engine.loader.checkpoint import Checkpoint, open_checkpoint
+from engine.loader.quantised_checkpoint import warn_of_expansion
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
-from engine.models.any_model import AnyModel, describe_model, make_model, weight_bytes
-from engine.models.decoder import Decoder
-from engine.models.quantised_loading import can_run_quantised, takes_quantised
-from engine.runner.memory import check_weights_fit, num_kv_blocks, run_largest_step
+from engine.models.any_model import AnyConfig, AnyModel, describe_model, make_model, weight_bytes
+from engine.models.decoder import Decoder, shapes_of
+from engine.models.description import DecoderConfig
+from engine.models.quantised_loading import CodesPlan, plan_codes, runs_in_codes
+from engine.models.transformers_model import ModelSizes
+from engine.runner.memory import (
+    check_model_fits,
+    describe_bytes,
+    fits,
+    num_kv_blocks,
+    run_largest_step,
+)
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
 
@@ -104,25 +111,28 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
-        stays_quantised = takes_quantised(model_config) and runs_quantised(
-            config, files, device, dtype
-        )
-        num_weight_bytes = (
-            _quantised_bytes(files, dtype)
-            if stays_quantised
-            else weight_bytes(model_config, dtype, device)
-        )
-        check_weights_fit(num_weight_bytes, device, config)
-        model = make_model(
-            model_config,
-            device,
-            dtype,
-            max_model_len=config.max_model_len,
-            batch_invariant=config.batch_invariant,
-        )
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
+            codes = None
+            if isinstance(model_config, DecoderConfig) and runs_quantised(
+                config, files, device, dtype
+            ):
+                codes = _plan_codes(model_config, checkpoint, device, dtype, config)
+            num_weight_bytes = (
+                weight_bytes(model_config, dtype, device) if codes is None else codes.num_bytes
+            )
+            kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
+            check_model_fits(num_weight_bytes, kv_bytes, device, config)
+            model = make_model(
+                model_config,
+                device,
+                dtype,
+                max_model_len=config.max_model_len,
+                batch_invariant=config.batch_invariant,
+            )
+            if codes is None:
+                warn_of_expansion(checkpoint, num_weight_bytes)
             if isinstance(model, Decoder):
-                model.load(checkpoint, checkpoint if stays_quantised else None)
+                model.load(checkpoint, None if codes is None else codes.factory(model.step_rows))
             else:
                 model.load(checkpoint)
         resolved = _resolve_sizes(config, model, device, dtype)
@@ -241,24 +251,61 @@ def resolve_dtype(name: str, files: ModelFiles, device: torch.device) -> torch.d
 def runs_quantised(
     config: EngineConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether quantised weights are computed with as they are: GGUF files on a CPU, by default.
+    """Whether weights that the files have in codes are computed with as they are.
 
-    A dtype that is asked for means weights of that dtype.
+    A Hugging Face checkpoint in codes always is: its dtype is that of activations. For a GGUF file,
+    a dtype that is asked for means weights of that dtype.
     """
-    is_wanted = config.dtype == "auto" and files.gguf is not None and config.load_format != "dummy"
-    can_run = device.type == "cpu" and dtype is torch.bfloat16
-    return is_wanted and can_run and can_run_quantised()
+    if config.load_format == "dummy" or (files.gguf is not None and config.dtype != "auto"):
+        return False
+    return runs_in_codes(device, dtype, is_needed=files.gguf is None)
 
 
-def _quantised_bytes(files: ModelFiles, dtype: torch.dtype) -> int:
-    """Memory of the weights of a GGUF file of which the quantised ones stay as they are."""
-    assert files.gguf is not None
-    return sum(
-        info.num_bytes
-        if info.ggml_type.name in BITS_OF_TYPE
-        else math.prod(info.shape) * dtype.itemsize
-        for info in files.gguf.tensors.values()
+def _plan_codes(
+    model_config: DecoderConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: EngineConfig,
+) -> CodesPlan:
+    """The quickest products that fit the memory; the smallest where none does."""
+    shapes = shapes_of(model_config)
+    plan = plan_codes(shapes, checkpoint, device, dtype, saves_memory=False)
+    kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
+    if fits(plan.num_bytes + kv_bytes, device, config):
+        return plan
+    small = plan_codes(shapes, checkpoint, device, dtype, saves_memory=True)
+    if small.num_bytes < plan.num_bytes:
+        logger.warning(
+            "%s takes %s with quick products, for which there is no room: weights stay packed "
+            "(%s) and are expanded for every product, which is slow for few sequences",
+            config.model,
+            describe_bytes(plan.num_bytes),
+            describe_bytes(small.num_bytes),
+        )
+        return small
+    return plan
+
+
+def _fewest_kv_bytes(
+    config: EngineConfig, model_config: AnyConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """The KV cache that was asked for, else that of one sequence.
+
+    A sequence of `max_model_len` tokens where that is set, else of one block: the longest sequence
+    is then lowered to what the cache holds.
+    """
+    if config.num_kv_blocks is None and config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if not isinstance(model_config, DecoderConfig):
+        return 0
+    block_size = config.block_size or (
+        _GPU_BLOCK_SIZE if device.type == "cuda" else _CPU_BLOCK_SIZE
     )
+    # Block 0 is padding's.
+    num_blocks = config.num_kv_blocks or 1 + -(-(config.max_model_len or 1) // block_size)
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
+    return num_blocks * block_size * kv_bytes_per_token(model_config, kv_cache_dtype)
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -269,9 +316,8 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
 
 
-def kv_bytes_per_token(model: AnyModel, kv_cache_dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: DecoderConfig | ModelSizes, kv_cache_dtype: torch.dtype) -> int:
     """Bytes of K and V of one token over all layers."""
-    config = model.config
     num_heads = 2 * config.num_layers * config.num_kv_heads
     return num_heads * bytes_of_head(config.head_dim, kv_cache_dtype)
 
@@ -317,7 +363,7 @@ def _resolve_sizes(
     blocks = num_kv_blocks(
         config,
         device,
-        block_bytes=kv_bytes_per_token(model, kv_cache_dtype) * block_size,
+        block_bytes=kv_bytes_per_token(model.config, kv_cache_dtype) * block_size,
         tokens_wanted=longest * config.max_num_seqs,
         block_size=block_size,
         run_step=lambda: run_largest_step(
