@@ -21,6 +21,13 @@ import torch.nn.functional as F
 from environment import print_table, write_rows
 
 from engine.kernels import dispatch
+from engine.kernels.kv_cache import (
+    QuantisedCache,
+    bytes_of_head,
+    is_heads_first,
+    make_cache,
+    quantise,
+)
 from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 from engine.kernels.moe_reference import Routing
 
@@ -136,16 +143,22 @@ def attention_inputs(
     size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     cache_bytes = 2 * torch.Size(size).numel() * dtype.itemsize
     caches = [
-        (
-            torch.randn(size, device=device, dtype=dtype),
-            torch.randn(size, device=device, dtype=dtype),
-        )
+        (random_cache(size, dtype, device), random_cache(size, dtype, device))
         for _ in range(min(8, max(1, round(cold / cache_bytes))))
     ]
     q = torch.randn(
         len(metadata.positions), shape.num_q_heads, shape.head_dim, device=device, dtype=dtype
     )
     return q, caches
+
+
+def random_cache(
+    size: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A plain cache as an engine's on that device."""
+    cache = make_cache(size, dtype, device)
+    assert isinstance(cache, torch.Tensor)
+    return cache.normal_()
 
 
 def attention_row(
@@ -177,7 +190,10 @@ def attention_row(
     def sdpa(call: int) -> None:
         # The same bytes as dense tensors: what torch does when no blocks are in its way.
         k, v = (
-            cache.view(-1)[:num_dense].view(dense).transpose(1, 2)
+            (cache.transpose(1, 2) if is_heads_first(cache) else cache)
+            .reshape(-1)[:num_dense]
+            .view(dense)
+            .transpose(1, 2)
             for cache in caches[call % len(caches)]
         )
         queries = q.view(num_seqs, new, shape.num_q_heads, shape.head_dim).transpose(1, 2)
@@ -246,6 +262,60 @@ def shared_prefix_row(
         copies=len(caches),
         num_bytes=num_keys * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
         baseline=runner(metadata),
+    )
+
+
+def in_order_of(cache: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, in memory as `cache` is."""
+    if is_heads_first(cache):
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    return values.contiguous()
+
+
+def eight_bit_row(
+    shape: Shape,
+    seqs: list[tuple[int, int]],
+    stored: torch.dtype,
+    case: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Row:
+    """Attention over a cache of 8 bits; the baseline reads a plain one."""
+    metadata = metadata_of(seqs, 64, device)
+    cold = COLD_BYTES if device.type == "cuda" else 0.0
+    plain = attention_row(shape, seqs, case, device, dtype)
+    q, caches = attention_inputs(shape, metadata, 64, dtype, 2 * cold)
+    # Blocks by themselves: in float32, as they are rounded, all would take twice the memory.
+    pairs = [
+        tuple(
+            QuantisedCache(
+                in_order_of(cache, torch.cat(values)),
+                torch.cat(scales).transpose(1, 2).contiguous(),
+            )
+            for cache, (values, scales) in (
+                (cache, zip(*(quantise(part, stored) for part in cache.split(1024)), strict=True))
+                for cache in pair
+            )
+        )
+        for pair in caches
+    ]
+    bytes_per_token = 2 * shape.num_kv_heads * bytes_of_head(shape.head_dim, stored)
+    is_decode = seqs[0][1] == 1
+
+    def run(call: int) -> None:
+        if call == 0:
+            dispatch.begin_step(metadata)
+        k_cache, v_cache = pairs[call % len(pairs)]
+        dispatch.paged_attention(q, k_cache, v_cache, metadata, softmax_scale=shape.head_dim**-0.5)
+
+    return Row(
+        op="paged_attention",
+        case=f"{shape.name} {case} {str(stored).removeprefix('torch.')}",
+        run=run,
+        copies=len(pairs),
+        num_bytes=sum(map(sum, seqs)) * bytes_per_token if is_decode else 0.0,
+        flops=plain.flops,
+        baseline=plain.run,
     )
 
 
@@ -546,6 +616,15 @@ def gpu_rows(device: torch.device) -> list[Row]:
         for case, seqs in PREFILLS.items()
     ]
     rows += [shared_prefix_row(shape, 64, 93, device, dtype) for shape in SHAPES]
+    rows += [
+        eight_bit_row(shape, seqs, stored, case, device, dtype)
+        for shape in SHAPES
+        for case, seqs in (
+            ("decode B=256 ctx=800", [(799, 1)] * 256),
+            ("prefill 2 x 4096", [(0, 4096)] * 2),
+        )
+        for stored in (torch.int8, torch.float8_e4m3fn)
+    ]
     for shape, num_tokens in itertools.product(SHAPES, (1, 256, 8192)):
         rows += layer_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (1, 8, 16)):
@@ -572,6 +651,11 @@ def cpu_rows(device: torch.device) -> list[Row]:
             )
             for num_seqs, ctx in CPU_DECODES
         ]
+        rows.append(
+            eight_bit_row(
+                shape, [(255, 1)] * 8, torch.int8, f"{name} decode B=8 ctx=256", device, dtype
+            )
+        )
         rows.append(attention_row(shape, [(0, 512)], f"{name} prefill 512", device, dtype))
         for num_tokens in (1, 64):
             rows += layer_rows(shape, num_tokens, device, dtype)

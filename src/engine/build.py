@@ -13,6 +13,7 @@ import torch
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
+from engine.kernels.kv_cache import bytes_of_head
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.quantised_checkpoint import warn_of_expansion
 from engine.loader.resolve import ModelFiles, resolve_model
@@ -21,6 +22,7 @@ from engine.models.any_model import AnyConfig, AnyModel, describe_model, make_mo
 from engine.models.decoder import Decoder, shapes_of
 from engine.models.description import DecoderConfig
 from engine.models.quantised_loading import CodesPlan, plan_codes, runs_in_codes
+from engine.models.transformers_model import ModelSizes
 from engine.runner.memory import (
     check_model_fits,
     describe_bytes,
@@ -302,8 +304,8 @@ def _fewest_kv_bytes(
     )
     # Block 0 is padding's.
     num_blocks = config.num_kv_blocks or 1 + -(-(config.max_model_len or 1) // block_size)
-    elements = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim
-    return num_blocks * block_size * elements * dtype.itemsize
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
+    return num_blocks * block_size * kv_bytes_per_token(model_config, kv_cache_dtype)
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -314,11 +316,30 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "AVX" not in capabilities
 
 
-def kv_bytes_per_token(model: AnyModel) -> int:
+def kv_bytes_per_token(config: DecoderConfig | ModelSizes, kv_cache_dtype: torch.dtype) -> int:
     """Bytes of K and V of one token over all layers."""
-    config = model.config
-    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return elements * model.dtype.itemsize
+    num_heads = 2 * config.num_layers * config.num_kv_heads
+    return num_heads * bytes_of_head(config.head_dim, kv_cache_dtype)
+
+
+def resolve_kv_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the KV cache of a model of `dtype`.
+
+    Raises:
+        ConfigError: The device does not have the one that was asked for.
+    """
+    if name == "auto":
+        return dtype
+    if name == "int8":
+        return torch.int8
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        msg = (
+            f"kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or above, and {device} "
+            f"has {major}.{minor}. Use 'int8', which is also more precise, or 'auto'."
+        )
+        raise ConfigError(msg)
+    return torch.float8_e4m3fn
 
 
 def _steps_in_flight(config: EngineConfig, model: AnyModel, device: torch.device) -> int:
@@ -336,16 +357,21 @@ def _resolve_sizes(
     step_tokens = config.max_num_batched_tokens or (
         _GPU_STEP_TOKENS if is_cuda else _CPU_STEP_TOKENS
     )
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
     longest = config.max_model_len or model.config.max_position_embeddings
     step_tokens = min(step_tokens, longest * config.max_num_seqs)
     blocks = num_kv_blocks(
         config,
         device,
-        block_bytes=kv_bytes_per_token(model) * block_size,
+        block_bytes=kv_bytes_per_token(model.config, kv_cache_dtype) * block_size,
         tokens_wanted=longest * config.max_num_seqs,
         block_size=block_size,
         run_step=lambda: run_largest_step(
-            model, step_tokens, min(config.max_num_seqs, step_tokens), block_size
+            model,
+            step_tokens,
+            min(config.max_num_seqs, step_tokens),
+            block_size,
+            kv_cache_dtype,
         ),
     )
     # Block 0 is padding's. A longer sequence than the cache holds could never finish.
@@ -360,6 +386,7 @@ def _resolve_sizes(
         requested=config,
         device=device,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len if config.max_model_len is None else config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=step_tokens,

@@ -16,6 +16,7 @@ LOAD_FORMATS = ("auto", "dummy")
 PLACEMENTS = ("thread", "process")
 TASKS = ("auto", "generate", "embed")
 DEFAULT_MAX_NUM_SEQS = 256
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 POOLINGS = ("auto", "cls", "last", "max", "mean")
 
 
@@ -58,6 +59,10 @@ class EngineConfig:
         kv_cache_memory_bytes: Size of the KV cache instead of a share. Default on a CPU: room for
             `max_num_seqs` sequences, at most 1 GiB or a quarter of the free memory.
         num_kv_blocks: Size of the KV cache in blocks; mostly for tests of tiny caches.
+        kv_cache_dtype: What the KV cache stores: "auto" (default) the model's own dtype; "int8" or
+            "fp8" (e4m3) 8 bits and a scale for each token and head, which makes room for nearly
+            twice as many tokens beside bfloat16. Answers change a little: "int8" is several times
+            closer to the unrounded ones than "fp8". "fp8" needs compute capability 8.9 on a GPU.
         block_size: Tokens per KV block, a power of two >= 16. Default 64 on a GPU (an attention
             tile is a block), 64 on a CPU.
         enable_prefix_caching: Reuse the KV blocks of equal prompt prefixes. Default on.
@@ -96,6 +101,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85
     kv_cache_memory_bytes: int | None = None
     num_kv_blocks: int | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
@@ -111,6 +117,7 @@ class EngineConfig:
         _one_of("task", self.task, TASKS)
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("dtype", self.dtype, DTYPE_NAMES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("placement", self.placement, PLACEMENTS)
         if not isinstance(self.device, str) or self.device.split(":")[0] not in (
             "auto",
@@ -188,7 +195,8 @@ class ResolvedConfig:
     Attributes:
         requested: The config it came from.
         device: Where the model runs.
-        dtype: Of weights, activations and KV cache.
+        dtype: Of weights and activations.
+        kv_cache_dtype: Of the KV cache: `dtype`, or int8 or float8_e4m3fn with scales.
         max_model_len: Tokens of prompt and answer together that one sequence may have.
         max_num_seqs: Sequences running at once.
         max_num_batched_tokens: Token budget of one step, >= `max_num_seqs`.
@@ -201,6 +209,7 @@ class ResolvedConfig:
     requested: EngineConfig
     device: torch.device
     dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -129,6 +129,7 @@ def _build(config: EngineConfig, device: torch.device) -> PoolingParts:
             requested=config,
             device=device,
             dtype=dtype,
+            kv_cache_dtype=dtype,
             max_model_len=max_tokens,
             max_num_seqs=max_texts,
             max_num_batched_tokens=step_tokens,

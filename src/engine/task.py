@@ -53,6 +53,12 @@ def _check_options(config: EngineConfig, task: Task) -> None:
                 "scores has none. Leave it out."
             )
             raise ConfigError(msg)
+    if config.kv_cache_dtype != "auto":
+        msg = (
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is for models that generate: an engine that "
+            "embeds or scores keeps no KV cache. Leave it out."
+        )
+        raise ConfigError(msg)
     if task == "score" and config.pooling != "auto":
         msg = f"pooling={config.pooling!r} cannot be chosen for a model that scores: its head says."
         raise ConfigError(msg)

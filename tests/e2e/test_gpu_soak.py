@@ -27,9 +27,16 @@ PROMPT = list(range(20, 90))
 
 
 @pytest.mark.timeout(SOAK_S + 600)
-def test_soak_on_a_gpu(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_soak_on_a_gpu(tiny_llama: Path, kv_cache_dtype: str) -> None:
     sizes = {"num_kv_blocks": 40, "block_size": 16, "max_num_seqs": 12}
-    with Engine(str(tiny_llama), device="cuda", dtype="bfloat16", **sizes) as engine:
+    with Engine(
+        str(tiny_llama),
+        device="cuda",
+        dtype="bfloat16",
+        kv_cache_dtype=kv_cache_dtype,
+        **sizes,
+    ) as engine:
         before = engine.generate(PROMPT, GREEDY).outputs[0].token_ids
         reserved_bytes = torch.cuda.memory_reserved()
         load = run_load(engine, SOAK_S)

@@ -32,10 +32,14 @@ def resident_bytes(engine: Engine) -> int:
 
 
 @pytest.mark.timeout(SOAK_S + 240)
-@pytest.mark.parametrize("placement", ["thread", "process"])
-def test_soak(demo_model: str, placement: str) -> None:
+@pytest.mark.parametrize(
+    ("placement", "kv_cache_dtype"), [("thread", "auto"), ("process", "auto"), ("thread", "int8")]
+)
+def test_soak(demo_model: str, placement: str, kv_cache_dtype: str) -> None:
     sizes = {"num_kv_blocks": 40, "block_size": 16, "max_num_seqs": 12}
-    engine = Engine(demo_model, device="cpu", placement=placement, **sizes)
+    engine = Engine(
+        demo_model, device="cpu", placement=placement, kv_cache_dtype=kv_cache_dtype, **sizes
+    )
     assert not run_load(engine, WARM_UP_S).errors
     gc.collect()
     before_bytes = resident_bytes(engine)

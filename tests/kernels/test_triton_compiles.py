@@ -30,6 +30,7 @@ from engine.kernels import (
     attention_tiles,
     decode_attention,
     decode_plan,
+    decode_tiles,
     few_row_linear,
     few_row_tiles,
     fused_linear,
@@ -53,6 +54,7 @@ COMMON = {
     "HEAD_DIM": HEAD_DIM,
     "BLOCK_SIZE": BLOCK_SIZE,
     "WINDOW": 0,
+    "CHUNK": 0,
     "HAS_SOFTCAP": False,
     "KEY_ALIGNMENT": attention_tiles.KEY_ALIGNMENT,
     "BLOCK_D": HEAD_DIM,
@@ -60,22 +62,47 @@ COMMON = {
 
 
 BF16S = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "weight_ptr", "embedding_ptr", "hidden_ptr")
-BF16S += ("gate_up_ptr", "down_ptr", "gate_up_bias_ptr", "down_bias_ptr", "active_ptr", "y_ptr")
+BF16S += (
+    "sinks_ptr",
+    "gate_up_ptr",
+    "down_ptr",
+    "gate_up_bias_ptr",
+    "down_bias_ptr",
+    "active_ptr",
+    "y_ptr",
+)
 INT64S = ("block_rows_ptr", "positions_ptr", "slots_ptr", "layers_ptr", "input_ids_ptr")
-FP32S = ("partial_ptr", "stats_ptr", "cos_sin_ptr", "logits_ptr", "choice_bias_ptr", "weights_ptr")
+FP32S = (
+    "partial_ptr",
+    "stats_ptr",
+    "k_scales_ptr",
+    "v_scales_ptr",
+    "cos_sin_ptr",
+    "logits_ptr",
+    "choice_bias_ptr",
+    "weights_ptr",
+)
 FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
 FLOATS += ("head_eps", "swiglu_limit", "swiglu_alpha", "scale")
 ALIGNED = ("num_inner", "num_columns", "width")
 
 
-def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -> Any:
-    """What Triton makes of a bf16 attention kernel."""
+PLAIN_CACHE = {"k_scales_ptr": None, "v_scales_ptr": None}
+
+
+def compile_for_hopper(
+    kernel: Any, constants: dict[str, Any], *, cache: str = "bf16", **options: int
+) -> Any:
+    """What Triton makes of a bf16 attention kernel, with caches of any type."""
     kernel = kernel.jit
     names = kernel.arg_names
     signature = {}
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
+        elif cache != "bf16" and name in ("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"):
+            is_pair = kernel is decode_attention._split_kernel.jit and name == "v_ptr"
+            signature[name] = "*i16" if is_pair else f"*{cache}"
         elif name in BF16S or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
         elif name in ("k_desc", "v_desc"):
@@ -106,9 +133,9 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **options: int) -
     return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
-def tile_buffers(gpu_ir: str, *shape: int) -> list[int]:
+def tile_buffers(gpu_ir: str, *shape: int, dtype: str = "bf16") -> list[int]:
     """Buffers of each tile of a shape in shared memory."""
-    pattern = rf"memdesc<(\d+)x{'x'.join(map(str, shape))}xbf16[^>]*mutable> loc"
+    pattern = rf"memdesc<(\d+)x{'x'.join(map(str, shape))}x{dtype}[^>]*mutable> loc"
     return [
         int(found)
         for line in gpu_ir.splitlines()
@@ -117,10 +144,15 @@ def tile_buffers(gpu_ir: str, *shape: int) -> list[int]:
     ]
 
 
-def test_decode_keeps_two_tiles_in_flight() -> None:
-    tiles = decode_attention.decode_tiles(torch.bfloat16, HEAD_DIM)
+def compile_decode(cache: str) -> tuple[Any, decode_tiles.DecodeTiles]:
+    stored = {"bf16": torch.bfloat16, "i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}[cache]
+    tiles = decode_tiles.decode_tiles(torch.bfloat16, HEAD_DIM, stored)
     constants = {
         **COMMON,
+        **(PLAIN_CACHE if cache == "bf16" else {}),
+        "sinks_ptr": None,
+        "HAS_LOW": False,
+        "IS_ASSEMBLED": True,
         "HEADS": NUM_KV_HEADS,
         "KV_HEADS": 1,
         "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
@@ -134,15 +166,21 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
         "BLOCK_S": 8,
         "BLOCK_ITEMS": 32,
     }
-    for unused in ("KEY_ALIGNMENT", "NUM_KV_HEADS"):
+    for unused in ("KEY_ALIGNMENT", "NUM_KV_HEADS", "WINDOW", "CHUNK"):
         del constants[unused]
-    asm = compile_for_hopper(
+    compiled = compile_for_hopper(
         decode_attention._split_kernel,
         constants,
+        cache=cache,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    ).asm
-    ptx, gpu_ir = asm["ptx"], asm["ttgir"]
+    )
+    return compiled, tiles
+
+
+def test_decode_keeps_two_tiles_in_flight() -> None:
+    compiled, tiles = compile_decode("bf16")
+    ptx, gpu_ir = compiled.asm["ptx"], compiled.asm["ttgir"]
     assert "mma.sync" in ptx
     assert "cp.async.cg" in ptx
     assert "griddepcontrol.wait" in ptx
@@ -151,12 +189,36 @@ def test_decode_keeps_two_tiles_in_flight() -> None:
     assert min(buffers) >= tiles.num_stages - 1
 
 
-def test_shared_prefixes_multiply_by_warp_groups() -> None:
+@pytest.mark.parametrize("cache", ["i8", "fp8e4nv"])
+def test_decode_over_eight_bits_fetches_no_single_bytes(cache: str) -> None:
+    compiled, tiles = compile_decode(cache)
+    ptx, gpu_ir, sass = (compiled.asm[kind] for kind in ("ptx", "ttgir", "sass"))
+    assert "cp.async.cg" in ptx
+    keys = tile_buffers(
+        gpu_ir, tiles.block_n, HEAD_DIM, dtype={"i8": "i8", "fp8e4nv": "f8E4M3FN"}[cache]
+    )
+    scales = tile_buffers(gpu_ir, tiles.block_n, dtype="f32")
+    assert len(keys) == 1
+    assert len(scales) == 2
+    assert min(keys + scales) >= tiles.num_stages - 1
+    # Values wait in registers: loads before the loop, and in it for a tile to come.
+    assert len(re.findall(r"tt\.load .*x!tt\.ptr<i16>", gpu_ir)) == tiles.num_stages
+    # They come through the matrix loads that turn 16-bit numbers round.
+    assert "LDSM.16.MT88" in sass
+    assert not re.search(r"LDS\.[US]8|F2F\.BF16|I2F", sass)
+    assert len(re.findall(r"\b(LDL|STL)\b", sass)) < 8
+
+
+@pytest.mark.parametrize("cache", ["bf16", "i8", "fp8e4nv"])
+def test_shared_prefixes_multiply_by_warp_groups(cache: str) -> None:
     tiles = shared_prefix.prefix_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **{
-            name: value for name, value in COMMON.items() if name not in ("WINDOW", "KEY_ALIGNMENT")
+            name: value
+            for name, value in COMMON.items()
+            if name not in ("WINDOW", "CHUNK", "KEY_ALIGNMENT")
         },
+        **(PLAIN_CACHE if cache == "bf16" else {}),
         "STARTS_NEXT": True,
         "ITEM": decode_plan.ITEM,
         "BLOCK_M": tiles.block_m,
@@ -165,48 +227,73 @@ def test_shared_prefixes_multiply_by_warp_groups() -> None:
     asm = compile_for_hopper(
         shared_prefix._prefix_kernel,
         constants,
+        cache=cache,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "griddepcontrol.launch_dependents" in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
+    stored = {"bf16": "bf16", "i8": "i8", "fp8e4nv": "f8E4M3FN"}[cache]
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM, dtype=stored)
     assert buffers
-    assert min(buffers) >= tiles.num_stages
+    assert min(buffers) >= tiles.num_stages - (cache != "bf16")
 
 
-@pytest.mark.parametrize("is_persistent", [False, True])
-def test_prefill_multiplies_by_warp_groups(is_persistent: bool) -> None:
+@pytest.mark.parametrize(
+    ("is_persistent", "cache", "extra"),
+    [
+        (False, "bf16", {}),
+        (True, "bf16", {}),
+        (True, "bf16", {"CHUNK": 8192}),
+        (False, "i8", {}),
+        (True, "fp8e4nv", {}),
+    ],
+)
+def test_prefill_multiplies_by_warp_groups(
+    is_persistent: bool, cache: str, extra: dict[str, Any]
+) -> None:
     tiles = prefill_attention.prefill_tiles(torch.bfloat16, HEAD_DIM)
     constants = {
         **COMMON,
+        **(PLAIN_CACHE if cache == "bf16" else {}),
+        "sinks_ptr": None,
         "IS_PERSISTENT": is_persistent,
         "HEADER": prefill_plan.HEADER,
         "ITEM": prefill_plan.ITEM,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
+        **extra,
     }
+    if extra:  # and sinks
+        del constants["sinks_ptr"]
     asm = compile_for_hopper(
         prefill_attention._prefill_kernel,
         constants,
+        cache=cache,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     ).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx
-    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
+    stored = {"bf16": "bf16", "i8": "i8", "fp8e4nv": "f8E4M3FN"}[cache]
+    buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM, dtype=stored)
     assert buffers
-    assert min(buffers) >= tiles.num_stages
+    assert min(buffers) >= tiles.num_stages - (cache != "bf16")
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "group", "num_kv_heads", "num_tokens"),
-    [(128, 4, 8, 100), (64, 3, 3, 100), (64, 3, 3, 8192)],
+    ("head_dim", "group", "num_kv_heads", "num_tokens", "has_sinks"),
+    [
+        (128, 4, 8, 100, False),
+        (64, 3, 3, 100, False),
+        (64, 3, 3, 8192, False),
+        (64, 8, 8, 8192, True),
+    ],
 )
 def test_prefill_on_hopper_overlaps_softmax_and_products(
-    head_dim: int, group: int, num_kv_heads: int, num_tokens: int
+    head_dim: int, group: int, num_kv_heads: int, num_tokens: int, has_sinks: bool
 ) -> None:
     tiles = prefill_hopper.hopper_tiles(head_dim, num_tokens)
     constants = {
@@ -214,6 +301,8 @@ def test_prefill_on_hopper_overlaps_softmax_and_products(
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": BLOCK_SIZE,
+        "HAS_SINKS": has_sinks,
+        "HEADS_FIRST": num_tokens != 100,
         "CONSUMERS": tiles.consumers,
         "CONSUMER_REGISTERS": tiles.consumer_registers,
         "LOADER_REGISTERS": prefill_hopper.LOADER_REGISTERS,
@@ -353,7 +442,7 @@ def test_fused_products_keep_their_stages_in_flight(
         constants |= dict.fromkeys(("q_norm_weight_ptr", "k_norm_weight_ptr"))
         constants |= dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False)
         constants |= {"BLOCK_SIZE": 64, "NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "HALF": 32}
-        constants |= {"HAS_ROTATION": True}
+        constants |= {"HAS_ROTATION": True, "LIMIT": 0.0, **PLAIN_CACHE}
     asm = compile_for_hopper(kernel, constants, **options).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "griddepcontrol.wait" in ptx

@@ -448,11 +448,21 @@ def test_out_with_a_row_stride(device: torch.device) -> None:
 
 
 def want_plan(
-    lengths: list[int], rows: list[int], blocks: list[list[int]], window: int | None, layout: Any
+    lengths: list[int],
+    rows: list[int],
+    blocks: list[list[int]],
+    reach: tuple[int | None, int | None],
+    layout: Any,
 ) -> tuple[list[list[int]], list[list[int]], list[int], int]:
     """Items, columns, places and tiles as the head of `decode_plan` defines them, one by one."""
-    tile = layout.tile
-    firsts = [max(0, length - window) // tile * tile if window else 0 for length in lengths]
+    tile, (window, chunk) = layout.tile, reach
+    lows = [max(0, length - window) if window else 0 for length in lengths]
+    if chunk:
+        lows = [
+            max(low, (length - 1) // chunk * chunk if length else 0)
+            for low, length in zip(lows, lengths, strict=True)
+        ]
+    firsts = [low // tile * tile for low in lows]
     tiles = [
         max(1, -(-(length - first) // tile)) for length, first in zip(lengths, firsts, strict=True)
     ]
@@ -495,7 +505,7 @@ def want_plan(
                 first_key,
                 end_key,
                 place + part if num_parts > 1 else -1,
-                max(0, length - window) if window else 0,
+                lows[seq],
                 blocks[seq][first_key // 16] if first_key < end_key else 0,
             ]
             if layout.split:
@@ -510,14 +520,14 @@ def want_plan(
 
 
 @pytest.mark.parametrize("num_seqs", [1, 4, 40, *on_gpu_only(1025, 4096)])
-@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("reach", [(None, None), (700, None), (700, 1024)])
 @pytest.mark.parametrize("is_captured", [False, True])
 @pytest.mark.parametrize(("split", "snap"), [(0, 1), (0, 3), (256, 2)])
 @pytest.mark.parametrize("num_columns", [33, *on_gpu_only(1, 700)])
 def test_every_key_is_planned_once(
     device: torch.device,
     num_seqs: int,
-    window: int | None,
+    reach: tuple[int | None, int | None],
     is_captured: bool,
     split: int,
     snap: int,
@@ -540,7 +550,7 @@ def test_every_key_is_planned_once(
         metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
     no_groups = decode_layout.PrefixLayout(1, 64, 64, 4, 16)
     plan = decode_plan.plan_decode(
-        metadata_on(metadata, device), num_seqs, 9, 3, 3, 16, window, layout, no_groups
+        metadata_on(metadata, device), num_seqs, 9, 3, 3, 16, *reach, layout, no_groups
     )
     # Copied once: thousands of copies from a busy GPU take minutes.
     items, columns, places = (x.tolist() for x in (plan.items, plan.columns, plan.places))
@@ -550,7 +560,7 @@ def test_every_key_is_planned_once(
             seq_lens.tolist()[:num_planned],
             rows.tolist(),
             table.tolist(),
-            window,
+            reach,
             layout,
         )
     assert items[: len(want_items)] == want_items

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,3 +269,11 @@ def test_our_attention_tells_strangers_whose_it_is() -> None:
     stranger.set_attn_implementation("llm_connectors_paged")
     with pytest.raises(UnsupportedModelError, match="belongs to engines"):
         stranger(torch.tensor([[1, 2]]))
+
+
+def test_chunks_in_transformers_code_are_refused() -> None:
+    """They would reach no attention function, and a short probe would not notice."""
+    config = over_paged_kv(other_model("arcee"))._source
+    hf_config = SimpleNamespace(layer_types=["chunked_attention", "full_attention"])
+    with pytest.raises(UnsupportedModelError, match="attends within chunks"):
+        TransformersModel(dataclasses.replace(config, hf_config=hf_config), CPU, torch.float32)

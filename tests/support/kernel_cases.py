@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.kv_cache import KVTensor, QuantisedCache, expand, quantise
 from engine.kernels.metadata import AttentionMetadata, SharedPrefixes
 
 # |got - want| <= atol + rtol |want|, `want` computed in float64 from the same rounded inputs whose
@@ -32,32 +33,60 @@ class AttentionCase:
     """One step's inputs. `seqs` are (computed tokens, new tokens), decodes (n, 1) first."""
 
     q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    k_cache: KVTensor
+    v_cache: KVTensor
     metadata: AttentionMetadata
     softmax_scale: float
 
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
+    def arguments(self) -> tuple[torch.Tensor, KVTensor, KVTensor, AttentionMetadata]:
         return self.q, self.k_cache, self.v_cache, self.metadata
 
     def on(self, device: torch.device) -> AttentionCase:
         """The same case on another device."""
         return AttentionCase(
             self.q.to(device),
-            self.k_cache.to(device),
-            self.v_cache.to(device),
+            cache_on(self.k_cache, device),
+            cache_on(self.v_cache, device),
             metadata_on(self.metadata, device),
             self.softmax_scale,
         )
 
     def widened(self) -> AttentionCase:
-        """The same case in float64."""
+        """The same case in float64, 8-bit caches as the numbers they stand for."""
         return dataclasses.replace(
             self,
             q=self.q.double(),
-            k_cache=self.k_cache.double(),
-            v_cache=self.v_cache.double(),
+            k_cache=expand(self.k_cache, torch.float64),
+            v_cache=expand(self.v_cache, torch.float64),
         )
+
+    def quantised(self, dtype: torch.dtype) -> AttentionCase:
+        """The same case over caches of 8 bits; where nothing may be read, scales are NaN."""
+        return dataclasses.replace(
+            self,
+            k_cache=_quantised(self.k_cache, dtype),
+            v_cache=_quantised(self.v_cache, dtype),
+        )
+
+
+def cache_on(cache: KVTensor, device: torch.device) -> KVTensor:
+    """A copy on `device`."""
+    if isinstance(cache, QuantisedCache):
+        return QuantisedCache(cache.values.to(device), cache.scales.to(device))
+    return cache.to(device)
+
+
+def heads_first(cache: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the tokens that a head has in a block behind one another in memory."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _quantised(cache: KVTensor, dtype: torch.dtype) -> QuantisedCache:
+    assert isinstance(cache, torch.Tensor)
+    is_poison = cache.isnan().any(-1)
+    values, scales = quantise(cache.nan_to_num(), dtype)
+    scales = scales.masked_fill(is_poison, float("nan"))
+    return QuantisedCache(values, scales.transpose(1, 2).contiguous())
 
 
 def make_metadata(

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from engine.kernels.kv_cache import KVCache, KVTensor, QuantisedCache, make_cache
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -33,7 +34,7 @@ class PagedModel(Protocol):
     def forward(
         self,
         input_ids: torch.Tensor,
-        kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: Sequence[KVCache],
         metadata: AttentionMetadata,
     ) -> torch.Tensor: ...
 
@@ -102,22 +103,38 @@ def build_metadata(
     )
 
 
+def _poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> KVTensor:
+    """A cache whose every number is NaN; in 8 bits by its scales."""
+    cache = make_cache(shape, dtype, device)
+    if isinstance(cache, QuantisedCache):
+        cache.values.view(torch.int8).fill_(7)
+        cache.scales.fill_(float("nan"))
+    else:
+        cache.fill_(float("nan"))
+    return cache
+
+
 class PagedDriver:
     """Owns a KV cache and free blocks for one model; block 0 is never handed out."""
 
     def __init__(
-        self, model: PagedModel, *, num_blocks: int, block_size: int, num_layers: int, seed: int = 0
+        self,
+        model: PagedModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_layers: int,
+        seed: int = 0,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.block_size = block_size
         self.free_blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
         shape = model.kv_cache_shape(num_blocks, block_size)
+        dtype = kv_cache_dtype or model.dtype
         self.kv_caches = [
-            (
-                torch.full(shape, float("nan"), dtype=model.dtype, device=model.device),
-                torch.full(shape, float("nan"), dtype=model.dtype, device=model.device),
-            )
+            (_poisoned(shape, dtype, model.device), _poisoned(shape, dtype, model.device))
             for _ in range(num_layers)
         ]
 

@@ -31,14 +31,8 @@ def native_rows() -> list[str]:
         cases.setdefault(config.architecture, []).append(family)
     rows = []
     for name in sorted(supported_architectures(), key=str.lower):
-        configs = [described(family) for family in cases[name]]
-        limits = []
-        if any(config.has_sinks for config in configs):
-            limits.append("no: sinks")
-        if any(size for config in configs for size in config.chunk_sizes):
-            limits.append("within one chunk")
         compared = ", ".join(f"`{family}`" for family in cases[name])
-        rows.append(f"| `{name}` | {about(name)} | {' '.join(limits) or 'yes'} | {compared} |")
+        rows.append(f"| `{name}` | {about(name)} | {compared} |")
     return rows
 
 
@@ -63,7 +57,7 @@ def gguf_names() -> list[str]:
 
 def document() -> str:
     """The whole document with fresh tables."""
-    head = ["| architecture | models | GPU | compared with transformers as |", "|---|---|---|---|"]
+    head = ["| architecture | models | compared with transformers as |", "|---|---|---|"]
     text = DOCUMENT.read_text()
     for name, lines in (
         ("native", [*head, *native_rows()]),

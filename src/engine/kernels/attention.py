@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from engine.errors import UnsupportedModelError
 from engine.kernels.decode_attention import decode_attention
+from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_attention import prefill_attention
 
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     *,
     softmax_scale: float,
@@ -28,15 +28,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `reference.paged_attention`. Both caches have equal strides, 1 along head_dim.
 
-    Raises:
-        UnsupportedModelError: There are sinks or chunks, which the kernels do not have.
-
     Rows of q past the last sequence are untouched in a given `out`. In a new one they are zero, or
     with `device_counts` (captured steps, which nobody reads there) whatever the memory held.
     """
-    if sinks is not None or chunk_size is not None:
-        msg = "The attention kernels for GPUs have neither sinks nor chunks. Use device='cpu'."
-        raise UnsupportedModelError(msg)
     if q.stride(2) != 1:
         q = q.contiguous()
     num_tokens, num_q_heads, head_dim = q.shape
@@ -53,6 +47,8 @@ def paged_attention(
         "softmax_scale": softmax_scale,
         "sliding_window": sliding_window,
         "logit_softcap": logit_softcap,
+        "sinks": sinks,
+        "chunk_size": chunk_size,
     }
     if num_decodes:
         decode_attention(

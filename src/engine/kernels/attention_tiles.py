@@ -83,6 +83,48 @@ def softmax_step(
 
 
 @triton.jit
+def with_sink(row_sum, row_max, sinks_ptr, heads, is_row):
+    """`row_sum` with the sink's part: a score without a value, [Hq], unscaled; None for no sinks.
+
+    It joins last, so that whoever finishes a row has it in once. Where it lies 128 powers of two
+    above the row's maximum its part is infinite, and the row's output 0, as it should be.
+    """
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + heads, mask=is_row, other=0.0).to(tl.float32)
+        row_sum += tl.exp2(sinks * 1.4426950408889634 - row_max)
+    return row_sum
+
+
+@triton.jit
+def scores_of(q, k, scales_ptr, places, is_key):
+    """[BLOCK_M, BLOCK_N] fp32: the bare products of q and k^T.
+
+    Stored numbers are exact in q's dtype; scales of 8-bit keys, at `places` where `is_key`, follow
+    in fp32. Plain keys have no pointer.
+    """
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if scales_ptr is not None:
+        scores *= tl.load(scales_ptr + places, mask=is_key, other=0.0)[None, :]
+    return scores
+
+
+@triton.jit
+def add_values(probs, v, acc, scales_ptr, places, is_key, dtype: tl.constexpr):
+    """`acc + probs v`, with the factors rounded to `dtype`; scales as in `scores_of`.
+
+    A scale goes into the weight of its key, which is rounded anyway. In fp16, whose range ends at
+    6e-8, it goes into the values instead.
+    """
+    if scales_ptr is not None:
+        scales = tl.load(scales_ptr + places, mask=is_key, other=0.0)
+        if dtype == tl.float16:
+            v = v.to(tl.float32) * scales[:, None]
+        else:
+            probs *= scales[None, :]
+    return tl.dot(probs.to(dtype), v.to(dtype), acc, input_precision="ieee")
+
+
+@triton.jit
 def attend_tiles(
     acc,
     row_max,
@@ -91,6 +133,8 @@ def attend_tiles(
     query_positions,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     block_table_ptr,
     first_tile,
     low_key,
@@ -99,8 +143,10 @@ def attend_tiles(
     softcap,
     stride_block,
     stride_token,
+    stride_scales,
     IS_MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,6 +163,8 @@ def attend_tiles(
         query_positions: [BLOCK_M] int32; read where IS_MASKED.
         k_ptr: Cache, advanced to the KV head.
         v_ptr: Likewise; same strides.
+        k_scales_ptr: Scales of 8-bit keys, advanced to the KV head; None for plain ones.
+        v_scales_ptr: Likewise, of the values.
         block_table_ptr: Row of the sequence.
         first_tile: Multiple of BLOCK_N.
         low_key: Keys before it are not read where IS_MASKED (their blocks may be gone).
@@ -125,8 +173,10 @@ def attend_tiles(
         softcap: cap * log2 e.
         stride_block: Between blocks.
         stride_token: Between tokens of a block.
+        stride_scales: Between the scales of blocks.
         IS_MASKED: Compare every key with every query's position.
         WINDOW: Keys a query sees, itself included; 0 for all.
+        CHUNK: Keys of the chunk that a query sees, up to itself; 0 for all.
         HAS_SOFTCAP: Whether scores are bounded.
         HEAD_DIM: D.
         BLOCK_D: Power of two >= D.
@@ -142,6 +192,7 @@ def attend_tiles(
     for tile in range(first_tile, end_key, BLOCK_N):
         keys = tile + in_tile
         places = block_ids.to(tl.int64) * stride_block + (keys % BLOCK_SIZE) * stride_token
+        scale_places = block_ids.to(tl.int64) * stride_scales + keys % BLOCK_SIZE
         block_ids = load_block_ids(block_table_ptr, tile + BLOCK_N, end_key, BLOCK_N, BLOCK_SIZE)
         places = places[:, None] + columns[None, :]
         if IS_MASKED:
@@ -151,12 +202,16 @@ def attend_tiles(
             k = tl.load(k_ptr + places)
         else:
             k = tl.load(k_ptr + places, mask=is_column, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        is_key = (keys >= low_key) & (keys < end_key)
+        scores = scores_of(q, k, k_scales_ptr, scale_places, is_key)
         visible = keys < end_key
         if IS_MASKED:
             visible = (keys[None, :] <= query_positions[:, None]) & (keys < end_key)[None, :]
             if WINDOW > 0:
                 visible = visible & (keys[None, :] > query_positions[:, None] - WINDOW)
+            if CHUNK > 0:
+                starts = query_positions - query_positions % CHUNK
+                visible = visible & (keys[None, :] >= starts[:, None])
         probs, acc, row_max, row_sum = softmax_step(
             scores,
             visible,
@@ -174,7 +229,7 @@ def attend_tiles(
             v = tl.load(v_ptr + places)
         else:
             v = tl.load(v_ptr + places, mask=is_column, other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+        acc = add_values(probs, v, acc, v_scales_ptr, scale_places, is_key, q.dtype)
     return acc, row_max, row_sum
 
 

@@ -17,6 +17,7 @@ from engine.kernels.fused_reference import (
     scaled_linear,
     scaled_qkv,
 )
+from engine.kernels.kv_cache import KVTensor, QuantisedCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.reference import (
     add_linear,
@@ -114,8 +115,8 @@ def rope_write_kv(
     qkv: torch.Tensor,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -143,8 +144,11 @@ def rope_write_kv(
     slots, is_real = metadata.once_per_step("slots", lambda: _real_slots(metadata.slot_mapping))
     if is_real is not None:
         k, v = k[is_real], v[is_real]
-    k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v.to(v_cache.dtype))
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        if isinstance(cache, QuantisedCache):
+            reference.store_kv(cache, slots, x)
+        else:
+            cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, x.to(cache.dtype))
     return q.contiguous()
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.cpu_plan import TILE, DecodeGroup, Tile, heads_per_product, plan_attention
+from engine.kernels.kv_cache import KVTensor, QuantisedCache
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -40,8 +41,8 @@ class Scoring:
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     *,
     softmax_scale: float,
@@ -54,7 +55,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `reference.paged_attention`. The caches must be contiguous.
 
-    Scores and probabilities are rounded to q's dtype (as Hugging Face's eager attention does).
+    Scores and probabilities are rounded to q's dtype (as Hugging Face's eager attention does), and
+    so are keys and values of 8-bit caches as they are gathered.
     """
     assert metadata.block_rows is None, "the CPU path reads row b of the table for sequence b"
     assert metadata.device_counts is None, "the CPU path needs exact counts on the host"
@@ -62,6 +64,7 @@ def paged_attention(
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     block_size = k_cache.shape[1]
+    has_scales = isinstance(k_cache, QuantisedCache)
     plan = metadata.once_per_step(
         (
             "attention",
@@ -72,8 +75,17 @@ def paged_attention(
             block_size,
             q.dtype,
             num_tokens,
+            has_scales,
         ),
-        lambda: plan_attention(metadata, q, num_kv_heads, block_size, sliding_window, chunk_size),
+        lambda: plan_attention(
+            metadata,
+            q,
+            num_kv_heads,
+            block_size,
+            sliding_window,
+            chunk_size,
+            has_scales,
+        ),
     )
     by_kv_head = None if sinks is None else sinks.float().view(num_kv_heads, -1, 1)
     scoring = Scoring(softmax_scale, logit_softcap, by_kv_head)
@@ -89,10 +101,7 @@ def paged_attention(
         mixed = _decode(queries, k_cache, v_cache, group, scoring)
         out.index_copy_(0, group.rows, mixed.view(-1, num_q_heads * head_dim))
     for sequence in plan.prefills:
-        k, v = (
-            cache.flatten(0, 1).index_select(0, sequence.slots).transpose(0, 1).contiguous()
-            for cache in (k_cache, v_cache)
-        )
+        k, v = (_gather_tokens(cache, sequence.slots, q.dtype) for cache in (k_cache, v_cache))
         for tile in sequence.tiles:
             rows = slice(tile.first_row, tile.first_row + tile.num_rows)
             mixed = _prefill_tile(
@@ -109,8 +118,8 @@ def paged_attention(
 
 def _decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     group: DecodeGroup,
     scoring: Scoring,
 ) -> torch.Tensor:
@@ -132,9 +141,34 @@ def _decode(
     )
 
 
-def _gather_heads_first(cache: torch.Tensor, group: DecodeGroup, out: torch.Tensor) -> None:
+def _gather_tokens(cache: KVTensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tokens in slots [P] of a cache, new [Hkv, P, D] of `dtype`."""
+    if not isinstance(cache, QuantisedCache):
+        return cache.flatten(0, 1).index_select(0, slots).transpose(0, 1).contiguous()
+    # torch moves the bytes of float8 numbers, but does not index them.
+    stored = cache.values.view(torch.int8).flatten(0, 1).index_select(0, slots)
+    block_size = cache.shape[1]
+    scales = cache.scales[slots // block_size, :, slots % block_size]
+    wide = stored.view(cache.values.dtype).float() * scales[..., None]
+    return wide.transpose(0, 1).to(dtype).contiguous()
+
+
+def _gather_heads_first(cache: KVTensor, group: DecodeGroup, out: torch.Tensor) -> None:
     """Copy a group's part of a cache to `out` [S * Hkv, P, D]."""
     num_kv_heads, head_dim = cache.shape[2:]
+    if isinstance(cache, QuantisedCache):
+        assert group.scale_index is not None, "planned for a plain cache"
+        stored = cache.values.view(torch.int8)
+        if group.staged is None:
+            rows = stored.view(-1, head_dim).index_select(0, group.index)
+        else:
+            tokens = stored.view(-1, num_kv_heads * head_dim).index_select(0, group.index)
+            num_keys = out.shape[1]
+            rows = tokens.view(-1, num_keys, num_kv_heads, head_dim).transpose(1, 2)
+        scales = cache.scales.view(-1).index_select(0, group.scale_index)
+        wide = rows.reshape(out.shape).view(cache.values.dtype).float()
+        torch.mul(wide, scales.view(*out.shape[:2], 1), out=out)
+        return
     if group.staged is None:
         rows = cache.view(-1, head_dim)
         torch.index_select(rows, 0, group.index, out=out.view(-1, head_dim))

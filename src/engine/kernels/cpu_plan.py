@@ -43,6 +43,7 @@ class DecodeGroup:
         k: [S * Hkv, P, D], room for the keys.
         v: Likewise for the values.
         mask: [S, 1, 1, P], 0 or -inf.
+        scale_index: [S * Hkv * P] int64, where the scales of 8-bit heads lie; None for plain ones.
     """
 
     rows: torch.Tensor
@@ -51,6 +52,7 @@ class DecodeGroup:
     k: torch.Tensor
     v: torch.Tensor
     mask: torch.Tensor
+    scale_index: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -112,10 +114,11 @@ def plan_attention(
     block_size: int,
     sliding_window: int | None,
     chunk_size: int | None = None,
+    has_scales: bool = False,
 ) -> AttentionPlan:
     """Group the step's sequences and look up where their keys lie.
 
-    `chunk_size` is a multiple of `TILE`.
+    `chunk_size` is a multiple of `TILE`; `has_scales` is for caches of 8 bits.
     """
     table = metadata.block_table.numpy()
     seq_lens = metadata.seq_lens.numpy().astype(np.int64)
@@ -149,8 +152,13 @@ def plan_attention(
         index = slots_of(rows, low[rows], low[rows], padded_len)
         staged, k, v = room[:, : len(index) * num_kv_heads * head_dim]
         is_by_head = len(index) <= MAX_KEYS_BY_HEAD
+        heads = torch.arange(num_kv_heads)[None, :, None]
+        scale_index = None
+        if has_scales:
+            slots = index.view(len(rows), 1, -1)
+            scale_index = (slots // block_size * num_kv_heads + heads) * block_size
+            scale_index = (scale_index + slots % block_size).flatten()
         if is_by_head:
-            heads = torch.arange(num_kv_heads)[None, :, None]
             index = (index.view(len(rows), 1, -1) * num_kv_heads + heads).flatten()
         decode_groups.append(
             DecodeGroup(
@@ -162,6 +170,7 @@ def plan_attention(
                 k=k.view(-1, padded_len, head_dim),
                 v=v.view(-1, padded_len, head_dim),
                 mask=_mask(torch.from_numpy(is_visible), q.dtype)[:, None, None],
+                scale_index=scale_index,
             )
         )
 

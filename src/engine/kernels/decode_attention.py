@@ -12,6 +12,10 @@ FlashDecoding (Dao et al., 2023) with a work list:
 |-----------------|---------------------------------------|----------------------------------------|
 | q_ptr           | [B, Hq, D] bf16, fp16 or fp32         | stride 1 along D                       |
 | k_ptr, v_ptr    | [N, block_size, Hkv, D], same dtype   | equal strides, 1 along D               |
+|                 | or 8 bits                             |                                        |
+| k_scales_ptr    | [N, Hkv, block_size] fp32             | of 8-bit keys; None: plain ones        |
+| v_scales_ptr    | likewise                              | of the values                          |
+| sinks_ptr       | [Hq]                                  | see `attention_tiles.with_sink`        |
 | block_table_ptr | [rows, max_blocks] int32              | stride 1 along blocks                  |
 | columns_ptr, items_ptr, arrivals_ptr | int32            | see `decode_plan`                      |
 | partial_ptr     | [places, Hq, D] fp32                  | unnormalised sums of each part         |
@@ -36,6 +40,8 @@ query is zero in the columns of other heads, and of its sums those columns count
 reads a token's keys in one piece, where every head by itself is 128 bytes out of every 384, and a
 softmax serves three times the bytes. Not chosen yet: see docs/KERNELS.md.
 
+8-bit caches: `kv_cache`, and `eight_bits` for how their numbers reach the tensor cores.
+
 Shared prefixes are computed by the kernel before (`shared_prefix`). Where the device can, this one
 starts while that one runs, and waits for it before it joins anything.
 
@@ -49,96 +55,32 @@ programs are not specialised: no step compiles a kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from engine.kernels.attention_tiles import (
+    add_values,
     num_multiprocessors,
     score_factors,
+    scores_of,
     softmax_step,
     starts_kernels_early,
+    with_sink,
 )
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.decode_layout import SplitLayout
 from engine.kernels.decode_merge import load_arrivals, merge_finished
 from engine.kernels.decode_plan import COLUMN, ITEM, plan_decode
+from engine.kernels.decode_tiles import DecodeTiles as DecodeTiles
+from engine.kernels.decode_tiles import decode_tiles as decode_tiles
+from engine.kernels.eight_bits import columns_of_pairs, widened
+from engine.kernels.kv_cache import KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.shared_prefix import PrefixTiles, attend_shared_prefixes, prefix_tiles
 
 # Elements of partial sums that one round of a merge may hold in registers.
 _MAX_MERGE_ELEMENTS = 4096
-# Bounds the workspace of `batch_invariant`: every sequence may have so many parts.
-_MAX_FIXED_PARTS = 32
-
-
-@dataclass(frozen=True)
-class DecodeTiles:
-    """Launch shape of `_split_kernel`, and what its results depend on.
-
-    Attributes:
-        block_n: Keys per tile.
-        num_stages: Tiles of keys in flight, plus one.
-        num_warps: Warps per program.
-        programs_per_processor: Programs that share a multiprocessor.
-        max_columns: Elements of a token's keys that a program reads at most; a head in any case.
-        min_tiles: Fewest tiles of a program that has work.
-        snap: Fewest tiles of a part, at most `min_tiles`.
-        max_parts: Most parts of a sequence.
-        split: Keys per part under `batch_invariant`, a multiple of block_n.
-        max_registers: Of a thread; None for as many as the compiler likes.
-    """
-
-    block_n: int
-    num_stages: int
-    num_warps: int
-    programs_per_processor: int
-    max_columns: int = 0
-    min_tiles: int = 4
-    snap: int = 2
-    max_parts: int = 64
-    split: int = 512
-    max_registers: int | None = None
-
-    def layout(self, num_columns: int, batch_invariant: bool) -> SplitLayout:
-        """How sequences are cut."""
-        return SplitLayout(
-            num_columns=num_columns,
-            tile=self.block_n,
-            min_tiles=self.min_tiles,
-            snap=self.snap,
-            max_parts=_MAX_FIXED_PARTS if batch_invariant else self.max_parts,
-            split=self.split if batch_invariant else 0,
-        )
-
-    def kv_heads(self, k_cache: torch.Tensor, group: int) -> int:
-        """KV heads that a program takes at once: a divisor of theirs, 16 query heads at most."""
-        num_kv_heads, head_dim = k_cache.shape[2:]
-        if k_cache.stride(2) != head_dim:
-            return 1
-        return max(
-            count
-            for count in range(1, num_kv_heads + 1)
-            if num_kv_heads % count == 0
-            and (count == 1 or (count * group <= 16 and count * head_dim <= self.max_columns))
-        )
-
-
-def decode_tiles(dtype: torch.dtype, head_dim: int) -> DecodeTiles:
-    """Tiles for a dtype and head size.
-
-    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold.
-    """
-    if dtype == torch.float32:
-        return DecodeTiles(32, 2, 4, 2)
-    if head_dim > 128:
-        return DecodeTiles(32, 3, 4, 2)
-    if head_dim > 64:
-        return DecodeTiles(64, 3, 4, 2)
-    return DecodeTiles(64, 3, 4, 4, max_registers=128)
 
 
 @triton.jit
@@ -175,12 +117,34 @@ def _load_block_ids(table_ptr, tile, in_tile, end, BLOCK_N: tl.constexpr, BLOCK_
         return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
 
 
+@triton.jit
+def _places(
+    first,
+    tile,
+    in_tile,
+    columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+):
+    """Where a tile's columns lie, [BLOCK_N, D], its blocks beginning at `first` (see above)."""
+    if BLOCK_SIZE >= BLOCK_N:
+        offsets = in_tile[:, None] * STRIDE_TOKEN + columns[None, :]
+        return first + tile % BLOCK_SIZE * STRIDE_TOKEN + offsets
+    else:  # noqa: RET505 - a compile-time branch: only one of them is traced
+        first += (tile + in_tile) % BLOCK_SIZE * STRIDE_TOKEN
+        return first[:, None] + columns[None, :]
+
+
 @launchable
 @triton.jit
 def _split_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    sinks_ptr,
     block_table_ptr,
     columns_ptr,
     items_ptr,
@@ -194,6 +158,7 @@ def _split_kernel(
     stride_q_head,
     stride_cache_block,
     stride_cache_head,
+    stride_scales,
     stride_table,
     stride_out,
     HEADS: tl.constexpr,
@@ -202,8 +167,9 @@ def _split_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STRIDE_CACHE_TOKEN: tl.constexpr,
-    WINDOW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_ASSEMBLED: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
     ITEM: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -221,7 +187,6 @@ def _split_kernel(
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     in_tile = tl.arange(0, BLOCK_N)
-    offsets = in_tile[:, None] * STRIDE_CACHE_TOKEN + columns[None, :]
     is_column = (columns < width)[None, :]
     is_row = rows < GROUP
     heads = head * GROUP + rows
@@ -234,7 +199,16 @@ def _split_kernel(
             rows[:, None] // (GROUP // KV_HEADS) == columns[None, :] // HEAD_DIM
         )
         in_head = columns % HEAD_DIM
+    out_mask = mask
     q_ptrs = q_ptr + (heads * stride_q_head)[:, None] + in_head[None, :]
+    out_columns = in_head
+    if k_scales_ptr is not None:
+        # Sums of 8-bit values come with even columns first: see `columns_of_pairs`.
+        pair_columns = tl.arange(0, BLOCK_D // 2)
+        out_columns = columns % (BLOCK_D // 2) * 2 + columns // (BLOCK_D // 2)
+        out_mask = is_row[:, None] & (out_columns < width)[None, :]
+        k_scales_ptr += head * BLOCK_SIZE
+        v_scales_ptr += head * BLOCK_SIZE
 
     column_ptr = columns_ptr + tl.program_id(0) // HEADS * COLUMN
     first_item = tl.load(column_ptr + 7)
@@ -260,20 +234,19 @@ def _split_kernel(
         seq = seq.to(tl.int64)
         keys = tile + in_tile
         visible = keys < end
-        if WINDOW > 0:
+        if HAS_LOW:
             visible = visible & (keys >= low)
         first = block_ids.to(tl.int64) * stride_cache_block + head * stride_cache_head
-        if BLOCK_SIZE >= BLOCK_N:
-            places = first + tile % BLOCK_SIZE * STRIDE_CACHE_TOKEN + offsets
-        else:
-            first += keys % BLOCK_SIZE * STRIDE_CACHE_TOKEN
-            places = first[:, None] + columns[None, :]
+        places = _places(first, tile, in_tile, columns, BLOCK_N, BLOCK_SIZE, STRIDE_CACHE_TOKEN)
+        scale_places = block_ids.to(tl.int64) * stride_scales + keys % BLOCK_SIZE
         is_read = visible[:, None] & is_column
         is_last = tile + BLOCK_N >= end
 
         q = tl.load(q_ptrs + seq * stride_q_token, mask=mask, other=0.0)
         k = tl.load(k_ptr + places, mask=is_read, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if k_scales_ptr is not None:
+            k = widened(k, q.dtype, k_ptr.dtype.element_ty == tl.int8, IS_ASSEMBLED)
+        scores = scores_of(q, k, k_scales_ptr, scale_places, visible)
         probs, acc, row_max, row_sum = softmax_step(
             scores,
             visible[None, :],
@@ -285,20 +258,30 @@ def _split_kernel(
             IS_MASKED=True,
             HAS_SOFTCAP=HAS_SOFTCAP,
         )
-        v = tl.load(v_ptr + places, mask=is_read, other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+        if k_scales_ptr is None:
+            v = tl.load(v_ptr + places, mask=is_read, other=0.0)
+        else:
+            first = block_ids.to(tl.int64) * (stride_cache_block // 2)
+            first += head * (stride_cache_head // 2)
+            half: tl.constexpr = STRIDE_CACHE_TOKEN // 2
+            places = _places(first, tile, in_tile, pair_columns, BLOCK_N, BLOCK_SIZE, half)
+            is_pair = visible[:, None] & (pair_columns < width // 2)[None, :]
+            pairs = tl.load(v_ptr + places, mask=is_pair, other=0)
+            v = columns_of_pairs(pairs, q.dtype, k_ptr.dtype.element_ty == tl.int8, IS_ASSEMBLED)
+        acc = add_values(probs, v, acc, v_scales_ptr, scale_places, visible, q.dtype)
 
         if is_last:
             if place < 0:
+                row_sum = with_sink(row_sum, row_max, sinks_ptr, heads, is_row)
                 # A padding row has no keys: sum 0, output 0.
                 mixed = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
                 out_ptrs = out_ptr + seq * stride_out + (heads * HEAD_DIM)[:, None]
-                out_ptrs += in_head[None, :]
-                tl.store(out_ptrs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+                out_ptrs += out_columns[None, :]
+                tl.store(out_ptrs, mixed.to(out_ptr.dtype.element_ty), mask=out_mask)
             else:
                 own_place = place.to(tl.int64)
                 partial_ptrs = partial_ptr + (own_place * num_q_heads + heads)[:, None] * HEAD_DIM
-                tl.store(partial_ptrs + in_head[None, :], acc, mask=mask)
+                tl.store(partial_ptrs + out_columns[None, :], acc, mask=out_mask)
                 stats_ptrs = stats_ptr + own_place * (2 * num_q_heads) + heads
                 tl.store(stats_ptrs, row_max, mask=is_row)
                 tl.store(stats_ptrs + num_q_heads, row_sum, mask=is_row)
@@ -324,6 +307,7 @@ def _split_kernel(
         stats_ptr,
         arrivals_ptr,
         out_ptr,
+        sinks_ptr,
         stride_out,
         first_item,
         end_item,
@@ -341,14 +325,16 @@ def _split_kernel(
 
 def decode_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     out: torch.Tensor,
     *,
     softmax_scale: float,
     sliding_window: int | None,
     logit_softcap: float,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     batch_invariant: bool = False,
     tiles: DecodeTiles | None = None,
     tiles_of_prefixes: PrefixTiles | None = None,
@@ -365,13 +351,17 @@ def decode_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
+        sinks: [Hq], the sinks' scores; None for none.
+        chunk_size: Tokens of the chunk a position sees, up to itself, a multiple of 64; None for
+            all.
         batch_invariant: Cut sequences by their own length alone, and share no prefixes.
         tiles: Launch shape; default `decode_tiles`.
         tiles_of_prefixes: Launch shape for shared prefixes; default `prefix_tiles`.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    tiles = tiles or decode_tiles(q.dtype, head_dim)
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
+    tiles = tiles or decode_tiles(q.dtype, head_dim, keys.dtype)
     tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
     kv_heads = tiles.kv_heads(k_cache, num_q_heads // num_kv_heads)
     # A program's own view: its KV heads are one, and so are their groups.
@@ -381,12 +371,11 @@ def decode_attention(
     layout = tiles.layout(num_columns, batch_invariant)
     prefix_layout = tiles_of_prefixes.layout(num_processors)
     heads = (num_q_heads, num_kv_heads, num_heads)
-    key = ("decode plan", sliding_window, heads, num_seqs, block_size, layout, prefix_layout)
+    reach = (sliding_window, chunk_size)
+    key = ("decode plan", reach, heads, num_seqs, block_size, layout, prefix_layout)
     plan = metadata.once_per_step(
         key,
-        lambda: plan_decode(
-            metadata, num_seqs, *heads, block_size, sliding_window, layout, prefix_layout
-        ),
+        lambda: plan_decode(metadata, num_seqs, *heads, block_size, *reach, layout, prefix_layout),
     )
     partial, stats = (
         torch.empty((plan.max_places, *shape), dtype=torch.float32, device=q.device)
@@ -411,8 +400,11 @@ def decode_attention(
     block_g, block_g_d = triton.next_power_of_2(group), max(triton.next_power_of_2(head_dim), 16)
     _split_kernel[(num_columns * num_heads,)](
         q,
-        k_cache,
-        v_cache,
+        keys,
+        values if v_scales is None else values.view(torch.int16),
+        k_scales,
+        v_scales,
+        sinks,
         metadata.block_table,
         plan.columns,
         plan.items,
@@ -424,8 +416,9 @@ def decode_attention(
         softcap,
         q.stride(0),
         q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(2) * kv_heads,
+        keys.stride(0),
+        keys.stride(2) * kv_heads,
+        0 if k_scales is None else k_scales.stride(0),
         metadata.block_table.stride(0),
         out.stride(0),
         HEADS=num_heads,
@@ -433,9 +426,10 @@ def decode_attention(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        STRIDE_CACHE_TOKEN=k_cache.stride(1),
-        WINDOW=sliding_window or 0,
+        STRIDE_CACHE_TOKEN=keys.stride(1),
+        HAS_LOW=bool(sliding_window or chunk_size),
         HAS_SOFTCAP=logit_softcap != 0.0,
+        IS_ASSEMBLED=q.dtype == torch.bfloat16 and starts_kernels_early(q.device),
         STARTS_EARLY=starts_early,
         ITEM=ITEM,
         COLUMN=COLUMN,

@@ -1,6 +1,6 @@
 """Joining the parts of decode attention: partial sums of one sequence, in their order.
 
-    m = max_s m_s;  out = (sum_s 2^(m_s - m) acc_s) / (sum_s 2^(m_s - m) l_s)
+    m = max_s m_s;  out = (sum_s 2^(m_s - m) acc_s) / (sum_s 2^(m_s - m) l_s + 2^(sink - m))
 
 | argument     | shape, dtype           | duty                                                     |
 |--------------|------------------------|----------------------------------------------------------|
@@ -9,6 +9,7 @@
 | stats_ptr    | [places, 2, Hq] fp32   | maximum and sum of each part                             |
 | arrivals_ptr | [B * HEADS] int32      | parts that are done; zero between launches               |
 | out_ptr      | [B, Hq * D]            | written where a sequence has several parts               |
+| sinks_ptr    | [Hq]                   | see `attention_tiles.with_sink`; None: no sinks          |
 
 A program that is through with its items counts those that are parts of a sequence; whoever counts
 a sequence's last part joins all of them, and sets the count back to zero for the next layer. It
@@ -29,12 +30,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.attention_tiles import with_sink
+
 
 @triton.jit
 def _merge_parts(
     partial_ptr,
     stats_ptr,
     out_row_ptr,
+    sinks_ptr,
     first_place,
     num_parts,
     first_head,
@@ -78,6 +82,7 @@ def _merge_parts(
         total = total * rescale + tl.sum(sums * weights, axis=0)
         acc = acc * rescale[:, None] + tl.sum(partial * weights[:, :, None], axis=0)
         highest = new_highest
+    total = with_sink(total, highest, sinks_ptr, heads, is_member)
     mixed = acc / tl.where(is_member, total, 1.0)[:, None]
     out_ptrs = out_row_ptr + (heads * HEAD_DIM)[:, None] + columns[None, :]
     tl.store(out_ptrs, mixed.to(out_row_ptr.dtype.element_ty), mask=mask)
@@ -103,6 +108,7 @@ def merge_finished(
     stats_ptr,
     arrivals_ptr,
     out_ptr,
+    sinks_ptr,
     stride_out,
     first_item,
     end_item,
@@ -139,6 +145,7 @@ def merge_finished(
                     partial_ptr,
                     stats_ptr,
                     out_ptr + seq * stride_out,
+                    sinks_ptr,
                     tl.sum(tl.where(is_nth, first_places, 0), axis=0).to(tl.int64),
                     tl.sum(tl.where(is_nth, packed % 256, 0), axis=0),
                     head * GROUP,

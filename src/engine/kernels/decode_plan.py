@@ -138,21 +138,29 @@ def _load_seqs(
     seqs,
     is_seq,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of sequences: length, row of the table, first key to read (of its own), tiles from there."""
+    """Of sequences: length, row of the table, first key to read (of its own), tiles from there.
+
+    Where a window or chunk hides keys, also the first key that it shows, in the end.
+    """
     seq_lens = tl.load(seq_lens_ptr + seqs, mask=is_seq, other=0)
     rows = seqs
     if block_rows_ptr is not None:
         rows = tl.load(block_rows_ptr + seqs, mask=is_seq, other=0).to(tl.int32)
     first = seqs * 0
-    if WINDOW > 0:
-        low = tl.maximum(seq_lens - WINDOW, 0)
+    low = first
+    if WINDOW > 0 or CHUNK > 0:
+        if WINDOW > 0:
+            low = tl.maximum(seq_lens - WINDOW, 0)
+        if CHUNK > 0:
+            low = tl.maximum(low, tl.maximum(seq_lens - 1, 0) // CHUNK * CHUNK)
         first = low - low % TILE
     elif prefix_lens_ptr is not None:
         first = tl.load(prefix_lens_ptr + seqs, mask=is_seq, other=0)
     num_tiles = tl.where(is_seq, tl.maximum(tl.cdiv(seq_lens - first, TILE), 1), 0)
-    return seq_lens, rows, first, num_tiles
+    return seq_lens, rows, first, num_tiles, low
 
 
 @triton.jit
@@ -216,6 +224,7 @@ def _plan_kernel(
     GROUP_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -247,8 +256,15 @@ def _plan_kernel(
     longest = 1
     for base in range(0, num_planned, BLOCK):
         seqs = base + tl.arange(0, BLOCK)
-        _seq_lens, _rows, _first, num_tiles = _load_seqs(
-            seq_lens_ptr, block_rows_ptr, prefix_lens_ptr, seqs, seqs < num_planned, WINDOW, TILE
+        _seq_lens, _rows, _first, num_tiles, _low = _load_seqs(
+            seq_lens_ptr,
+            block_rows_ptr,
+            prefix_lens_ptr,
+            seqs,
+            seqs < num_planned,
+            WINDOW,
+            CHUNK,
+            TILE,
         )
         total += tl.sum(num_tiles, axis=0)
         longest = tl.maximum(longest, tl.max(num_tiles, axis=0))
@@ -264,18 +280,24 @@ def _plan_kernel(
     for base in range(0, num_planned, BLOCK):
         seqs = base + tl.arange(0, BLOCK)
         is_seq = seqs < num_planned
-        seq_lens, rows, first, num_tiles = _load_seqs(
-            seq_lens_ptr, block_rows_ptr, prefix_lens_ptr, seqs, is_seq, WINDOW, TILE
+        seq_lens, rows, first, num_tiles, low = _load_seqs(
+            seq_lens_ptr, block_rows_ptr, prefix_lens_ptr, seqs, is_seq, WINDOW, CHUNK, TILE
         )
-        low = tl.maximum(seq_lens - WINDOW, 0) if WINDOW > 0 else first
         before = total + tl.cumsum(num_tiles, axis=0) - num_tiles
         if SPLIT > 0:
             num_own = tl.minimum(tl.cdiv(num_tiles, SPLIT // TILE), max_parts)
             used = tl.cdiv(before + num_tiles, per_column)
         else:
             is_second = is_seq & (seqs > 0)
-            _lens, _rows, _first, tiles_before = _load_seqs(
-                seq_lens_ptr, block_rows_ptr, prefix_lens_ptr, seqs - 1, is_second, WINDOW, TILE
+            _lens, _rows, _first, tiles_before, _low = _load_seqs(
+                seq_lens_ptr,
+                block_rows_ptr,
+                prefix_lens_ptr,
+                seqs - 1,
+                is_second,
+                WINDOW,
+                CHUNK,
+                TILE,
             )
             _start, cut_end = _cuttable(tiles_before, snap)
             first_column = tl.cdiv(before - tiles_before + cut_end, per_column)
@@ -370,17 +392,18 @@ def plan_decode(
     heads: int,
     block_size: int,
     sliding_window: int | None,
+    chunk_size: int | None,
     layout: SplitLayout,
     prefix_layout: PrefixLayout,
 ) -> DecodePlan:
     """Plan the leading `num_seqs` sequences, or the first `metadata.device_counts[0]` of them.
 
     `heads` programs make a column, each with as many KV heads as the others.
-    Under a sliding window, and with a layout that does not depend on the batch, nobody shares a
-    prefix.
+    Under a sliding window or in chunks, and with a layout that does not depend on the batch, nobody
+    shares a prefix.
     """
     device = metadata.seq_lens.device
-    groups = None if sliding_window or layout.split else metadata.shared_prefixes
+    groups = None if sliding_window or chunk_size or layout.split else metadata.shared_prefixes
     num_groups = 0 if groups is None else groups.group_lens.shape[0]
     group_heads = num_q_heads // num_kv_heads
     # Every group may fill its last tile of rows with one row only.
@@ -430,6 +453,7 @@ def plan_decode(
         GROUP_HEADS=group_heads,
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window or 0,
+        CHUNK=chunk_size or 0,
         TILE=layout.tile,
         SPLIT=layout.split,
         NUM_GROUPS=num_groups,

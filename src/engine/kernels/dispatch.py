@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels import cpu
+from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.moe_reference import Routing
 
@@ -87,8 +88,8 @@ def rope_write_kv(
     qkv: torch.Tensor,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -125,8 +126,8 @@ def rope_write_kv(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     *,
     softmax_scale: float,
@@ -311,8 +312,8 @@ def scaled_qkv(
     bias: torch.Tensor | None,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,

@@ -4,7 +4,7 @@
     q, k:  y[d] = x[d] cos[d] - x[d + R] sin[d],  y[d + R] = x[d + R] cos[d] + x[d] sin[d],  d < R
 
 with R = D / 2: whole heads turn. A program's columns come in pairs (d, d + R) of one head, which a
-thread holds beside each other; with head norms a program has whole heads.
+thread holds beside each other; with head norms, and for 8-bit caches, a program has whole heads.
 
 | argument                   | shape, dtype                | duty                                  |
 |----------------------------|-----------------------------|---------------------------------------|
@@ -14,6 +14,7 @@ thread holds beside each other; with head norms a program has whole heads.
 | squares_ptr                | [T, P] fp32                 | likewise                              |
 | out_ptr                    | [T, Hq, D], x's dtype       | contiguous                            |
 | k_cache_ptr, v_cache_ptr   | [N, block_size, Hkv, D]     | equal strides, 1 along D; written     |
+| k_scales_ptr, v_scales_ptr | [N, Hkv, block_size] fp32   | of 8-bit caches, written; or None     |
 | cos_sin_ptr                | [P, 2, R] fp32              | contiguous; None: no rotation         |
 | positions_ptr              | [T] int64                   | < P; not read where the slot is -1    |
 | slots_ptr                  | [T] int64                   | -1 marks padding, which is not stored |
@@ -44,7 +45,9 @@ from engine.kernels.fused_product import (
     split_pairs,
 )
 from engine.kernels.fused_tiles import squares_block, tiles_for
+from engine.kernels.kv_cache import LIMITS, KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.quantise_kv import scales_of, stored_numbers
 from engine.kernels.rms_norm import apply_norm
 
 
@@ -80,6 +83,8 @@ def _scaled_qkv_kernel(
     out_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
@@ -92,6 +97,7 @@ def _scaled_qkv_kernel(
     stride_cache_block,
     stride_cache_token,
     stride_cache_head,
+    stride_scales,
     num_squares,
     eps,
     norm_eps,
@@ -106,6 +112,7 @@ def _scaled_qkv_kernel(
     HAS_K_NORM: tl.constexpr,
     HAS_NORM_OFFSET: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAPPED: tl.constexpr,
@@ -198,7 +205,18 @@ def _scaled_qkv_kernel(
         places = slots // BLOCK_SIZE * stride_cache_block + slots % BLOCK_SIZE * stride_cache_token
         places = places[:, None] + (kv_head * stride_cache_head + in_head)[None, :]
         mask = (slots >= 0)[:, None]
-        cache_dtype = k_cache_ptr.dtype.element_ty
+        cache_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+        if k_scales_ptr is not None:
+            first = first.to(dtype).to(tl.float32)
+            second = second.to(dtype).to(tl.float32)
+            largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1)
+            scales, inverses = scales_of(largest, LIMIT)
+            first = stored_numbers(first, inverses, cache_dtype, LIMIT)
+            second = stored_numbers(second, inverses, cache_dtype, LIMIT)
+            scale_places = slots // BLOCK_SIZE * stride_scales + slots % BLOCK_SIZE
+            scales_ptr = v_scales_ptr if is_v else k_scales_ptr
+            scale_places += kv_head * BLOCK_SIZE
+            tl.store(scales_ptr + scale_places, scales, mask=slots >= 0)
         if is_v:
             tl.store(v_cache_ptr + places, first.to(cache_dtype), mask=mask)
             tl.store(v_cache_ptr + places + HALF, second.to(cache_dtype), mask=mask)
@@ -214,8 +232,8 @@ def scaled_qkv(
     bias: torch.Tensor | None,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -228,17 +246,20 @@ def scaled_qkv(
 ) -> torch.Tensor:
     """See `fused_reference.scaled_qkv`. Rows whose slot is -1 get q rotated as at position 0.
 
-    `head_dim` is a multiple of 32, and a power of two where heads have a norm.
+    `head_dim` is a multiple of 32, and a power of two where heads have a norm or the cache 8 bits.
     """
     num_rows, num_inner = x.shape
     q = x.new_empty(num_rows, num_q_heads, head_dim)
     if not num_rows:
         return q
     num_squares = 1 if squares is None else squares.shape[1]
-    has_norms = q_norm_weight is not None or k_norm_weight is not None
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
+    needs_whole_heads = (
+        k_scales is not None or q_norm_weight is not None or k_norm_weight is not None
+    )
     tiles = tiles_for("qkv", x, weight)
-    # As many columns in every program, and the whole head where its norm needs it.
-    block_n = head_dim if has_norms else min(tiles.block_n, head_dim & -head_dim)
+    # As many columns in every program, and the whole head where its norm or scale needs it.
+    block_n = head_dim if needs_whole_heads else min(tiles.block_n, head_dim & -head_dim)
     num_tiles = (num_q_heads + 2 * num_kv_heads) * head_dim // block_n
     _scaled_qkv_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_tiles,)](
         x,
@@ -246,8 +267,10 @@ def scaled_qkv(
         bias,
         squares,
         q,
-        k_cache,
-        v_cache,
+        keys,
+        values,
+        k_scales,
+        v_scales,
         cos_sin,
         metadata.positions,
         metadata.slot_mapping,
@@ -257,9 +280,10 @@ def scaled_qkv(
         num_inner,
         x.stride(0),
         weight.stride(0),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        0 if k_scales is None else k_scales.stride(0),
         num_squares,
         eps,
         norm_eps,
@@ -274,6 +298,7 @@ def scaled_qkv(
         HAS_K_NORM=k_norm_weight is not None,
         HAS_NORM_OFFSET=norm_weight_offset != 0.0,
         HAS_ROTATION=cos_sin is not None,
+        LIMIT=LIMITS.get(keys.dtype, 0.0),
         BLOCK_SQUARES=squares_block(num_squares),
         **{**tiles.constants(num_inner), "BLOCK_N": block_n},
     )

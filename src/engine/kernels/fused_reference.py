@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.reference import act_mul, add_linear, embed_rows, rope_write_kv
 
@@ -53,8 +54,8 @@ def scaled_qkv(
     bias: torch.Tensor | None,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,

@@ -2,13 +2,18 @@
 
     out[t, h] = softmax_j(q[t, h] k[j, h / group] scale) v[j, h / group],  i - window < j <= i
 
-for token t at position i of its sequence. All keys come from the paged cache, where the step has
-already stored the new ones: whole prompts, chunks and suffixes of cached prefixes are one path.
+for token t at position i of its sequence (in chunks: j >= i - i % chunk). All keys come from the
+paged cache, where the step has already stored the new ones: whole prompts, chunks and suffixes of
+cached prefixes are one path.
 
 | argument            | shape, dtype                          | duty                              |
 |---------------------|---------------------------------------|-----------------------------------|
 | q_ptr               | [T, Hq, D] bf16, fp16 or fp32         | stride 1 along D                  |
 | k_ptr, v_ptr        | [N, block_size, Hkv, D], same dtype   | equal strides, 1 along D          |
+|                     | or 8 bits                             |                                   |
+| k_scales_ptr,       | [N, Hkv, block_size] fp32             | of 8-bit keys and values; None:   |
+| v_scales_ptr        |                                       | plain ones                        |
+| sinks_ptr           | [Hq]                                  | see `attention_tiles.with_sink`   |
 | block_table_ptr     | [rows, max_blocks] int32              | stride 1 along blocks             |
 | plan_ptr            | [HEADER + tiles * ITEM] int32         | see `prefill_plan`                |
 | out_ptr             | [T, Hq * D], q's dtype                | stride 1; rows of no sequence are |
@@ -23,9 +28,7 @@ Eager, there is a program per item. In a captured step the list's length is know
 only: programs are then a few times what the device holds at once, each takes every n-th item, and
 a step with little or nothing to prefill does not pay for the bucket's tiles.
 
-Keys up to the tile's first query need no mask; the one or two tiles of keys on the diagonal do. A
-sliding window starts at its first visible tile, masks the tiles its edge crosses, and runs the
-middle unmasked.
+Which keys need a mask: see `prefill_keys`.
 
 Numerics: see `attention_tiles`. The tile shape is fixed per dtype and head size, so a token's bits
 depend neither on the batch nor on how its prompt was cut into chunks (a chunk of one token is a
@@ -33,8 +36,8 @@ decode and rounds like one). Row and block offsets are int64. constexpr: what is
 token and sequence counts are not specialised.
 
 On Hopper, `prefill_hopper` serves most layers in this kernel's place: 16 bit, head_dim 64 or 128,
-no window, no soft-cap. Both round alike in kind but not in every bit; which one a layer has is
-fixed with the model, so a token's bits are its own either way.
+no window or chunks, no soft-cap, a plain cache. Both round alike in kind but not in every
+bit; which one a layer has is fixed with the model, so a token's bits are its own either way.
 
 Tuning (`prefill_tiles`): 128 x 64 tiles of rows and keys, two warp groups (wgmma) and three stages
 for 16 bit up to D = 128. H100, triton 3.6, 16k tokens, TFLOP/s at D = 128: 481; two stages 371,
@@ -58,12 +61,14 @@ import triton.language as tl
 
 from engine.kernels.attention_tiles import (
     KEY_ALIGNMENT,
-    attend_tiles,
     num_multiprocessors,
     score_factors,
+    with_sink,
 )
 from engine.kernels.compile_ahead import launchable
+from engine.kernels.kv_cache import KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.prefill_keys import attend_causally
 from engine.kernels.prefill_plan import HEADER, ITEM, prefill_plan
 
 logger = logging.getLogger(__name__)
@@ -97,125 +102,14 @@ def prefill_tiles(dtype: torch.dtype, head_dim: int) -> PrefillTiles:
 
 
 @triton.jit
-def _attend_causally(
-    q,
-    positions,
-    first_position,
-    end,
-    k_ptr,
-    v_ptr,
-    block_table_ptr,
-    score_scale,
-    softcap,
-    stride_block,
-    stride_token,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Normalised attention of one tile, whose queries lie at `first_position` to `end - 1`."""
-    low = first_position * 0
-    first_tile = low
-    edge_end = low
-    if WINDOW > 0:
-        low = tl.maximum(first_position - WINDOW + 1, 0)
-        first_tile = low - low % KEY_ALIGNMENT
-        # From here on every key is within the window of the last query, hence of all.
-        edge_end = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N
-        edge_end = tl.minimum(tl.maximum(edge_end, first_tile), end)
-    diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
-    diagonal = tl.maximum(diagonal, edge_end)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if WINDOW > 0:
-        acc, row_max, row_sum = attend_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            positions,
-            k_ptr,
-            v_ptr,
-            block_table_ptr,
-            first_tile,
-            low,
-            edge_end,
-            score_scale,
-            softcap,
-            stride_block,
-            stride_token,
-            IS_MASKED=True,
-            WINDOW=WINDOW,
-            HAS_SOFTCAP=HAS_SOFTCAP,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-            BLOCK_SIZE=BLOCK_SIZE,
-        )
-    acc, row_max, row_sum = attend_tiles(
-        acc,
-        row_max,
-        row_sum,
-        q,
-        positions,
-        k_ptr,
-        v_ptr,
-        block_table_ptr,
-        edge_end,
-        low,
-        diagonal,
-        score_scale,
-        softcap,
-        stride_block,
-        stride_token,
-        IS_MASKED=False,
-        WINDOW=WINDOW,
-        HAS_SOFTCAP=HAS_SOFTCAP,
-        HEAD_DIM=HEAD_DIM,
-        BLOCK_D=BLOCK_D,
-        BLOCK_N=BLOCK_N,
-        BLOCK_SIZE=BLOCK_SIZE,
-    )
-    acc, row_max, row_sum = attend_tiles(
-        acc,
-        row_max,
-        row_sum,
-        q,
-        positions,
-        k_ptr,
-        v_ptr,
-        block_table_ptr,
-        diagonal,
-        low,
-        end,
-        score_scale,
-        softcap,
-        stride_block,
-        stride_token,
-        IS_MASKED=True,
-        WINDOW=WINDOW,
-        HAS_SOFTCAP=HAS_SOFTCAP,
-        HEAD_DIM=HEAD_DIM,
-        BLOCK_D=BLOCK_D,
-        BLOCK_N=BLOCK_N,
-        BLOCK_SIZE=BLOCK_SIZE,
-    )
-    return acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-
-
-@triton.jit
 def _prefill_item(
     item,
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    sinks_ptr,
     block_table_ptr,
     plan_ptr,
     out_ptr,
@@ -226,6 +120,7 @@ def _prefill_item(
     stride_cache_block,
     stride_cache_token,
     stride_cache_head,
+    stride_scales,
     stride_table,
     stride_out,
     NUM_KV_HEADS: tl.constexpr,
@@ -233,6 +128,7 @@ def _prefill_item(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
     HEADER: tl.constexpr,
@@ -257,27 +153,36 @@ def _prefill_item(
     tokens = (first_token + queries).to(tl.int64)
     q_ptrs = q_ptr + (tokens * stride_q_token + heads * stride_q_head)[:, None]
     q = tl.load(q_ptrs + columns[None, :], mask=mask, other=0.0)
-    mixed = _attend_causally(
+    if k_scales_ptr is not None:
+        k_scales_ptr += kv_head * BLOCK_SIZE
+        v_scales_ptr += kv_head * BLOCK_SIZE
+    acc, row_max, row_sum = attend_causally(
         q,
         first_position + queries,
         first_position,
         first_position + num_tokens,
         k_ptr + kv_head * stride_cache_head,
         v_ptr + kv_head * stride_cache_head,
+        k_scales_ptr,
+        v_scales_ptr,
         block_table_ptr + table_row * stride_table,
         score_scale,
         softcap,
         stride_cache_block,
         stride_cache_token,
+        stride_scales,
         HEAD_DIM=HEAD_DIM,
         BLOCK_SIZE=BLOCK_SIZE,
         WINDOW=WINDOW,
+        CHUNK=CHUNK,
         HAS_SOFTCAP=HAS_SOFTCAP,
         KEY_ALIGNMENT=KEY_ALIGNMENT,
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
         BLOCK_N=BLOCK_N,
     )
+    row_sum = with_sink(row_sum, row_max, sinks_ptr, heads, queries < num_tokens)
+    mixed = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
     out_ptrs = out_ptr + (tokens * stride_out + heads * HEAD_DIM)[:, None]
     tl.store(out_ptrs + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -288,6 +193,9 @@ def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    sinks_ptr,
     block_table_ptr,
     plan_ptr,
     out_ptr,
@@ -298,6 +206,7 @@ def _prefill_kernel(
     stride_cache_block,
     stride_cache_token,
     stride_cache_head,
+    stride_scales,
     stride_table,
     stride_out,
     NUM_KV_HEADS: tl.constexpr,
@@ -305,6 +214,7 @@ def _prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_PERSISTENT: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
@@ -326,6 +236,9 @@ def _prefill_kernel(
                 q_ptr,
                 k_ptr,
                 v_ptr,
+                k_scales_ptr,
+                v_scales_ptr,
+                sinks_ptr,
                 block_table_ptr,
                 plan_ptr,
                 out_ptr,
@@ -336,6 +249,7 @@ def _prefill_kernel(
                 stride_cache_block,
                 stride_cache_token,
                 stride_cache_head,
+                stride_scales,
                 stride_table,
                 stride_out,
                 NUM_KV_HEADS=NUM_KV_HEADS,
@@ -343,6 +257,7 @@ def _prefill_kernel(
                 HEAD_DIM=HEAD_DIM,
                 BLOCK_SIZE=BLOCK_SIZE,
                 WINDOW=WINDOW,
+                CHUNK=CHUNK,
                 HAS_SOFTCAP=HAS_SOFTCAP,
                 KEY_ALIGNMENT=KEY_ALIGNMENT,
                 HEADER=HEADER,
@@ -358,6 +273,9 @@ def _prefill_kernel(
             q_ptr,
             k_ptr,
             v_ptr,
+            k_scales_ptr,
+            v_scales_ptr,
+            sinks_ptr,
             block_table_ptr,
             plan_ptr,
             out_ptr,
@@ -368,6 +286,7 @@ def _prefill_kernel(
             stride_cache_block,
             stride_cache_token,
             stride_cache_head,
+            stride_scales,
             stride_table,
             stride_out,
             NUM_KV_HEADS=NUM_KV_HEADS,
@@ -375,6 +294,7 @@ def _prefill_kernel(
             HEAD_DIM=HEAD_DIM,
             BLOCK_SIZE=BLOCK_SIZE,
             WINDOW=WINDOW,
+            CHUNK=CHUNK,
             HAS_SOFTCAP=HAS_SOFTCAP,
             KEY_ALIGNMENT=KEY_ALIGNMENT,
             HEADER=HEADER,
@@ -406,14 +326,16 @@ def hopper_kernel() -> ModuleType | None:
 
 def prefill_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     out: torch.Tensor,
     *,
     softmax_scale: float,
     sliding_window: int | None,
     logit_softcap: float,
+    sinks: torch.Tensor | None = None,
+    chunk_size: int | None = None,
     tiles: PrefillTiles | None = None,
 ) -> None:
     """Attention of the sequences after the decoding ones, of a padded batch before its padding.
@@ -427,16 +349,23 @@ def prefill_attention(
         softmax_scale: Factor of the scores.
         sliding_window: Tokens a position sees, itself included; None for all.
         logit_softcap: Bound of the scores; 0 for none.
+        sinks: As in `decode_attention`.
+        chunk_size: Likewise.
         tiles: Launch shape of this file's kernel; default: `prefill_hopper` where it serves the
             layer, else `prefill_tiles`.
     """
     hopper = hopper_kernel() if tiles is None else None
-    if hopper and hopper.can_attend(q, k_cache, v_cache, sliding_window, logit_softcap):
-        hopper.prefill_on_hopper(q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale)
+    sees_all = not (sliding_window or chunk_size or logit_softcap)
+    is_plain = isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
+    if hopper and sees_all and is_plain and hopper.can_attend(q, k_cache, v_cache):
+        hopper.prefill_on_hopper(
+            q, k_cache, v_cache, metadata, out, softmax_scale=softmax_scale, sinks=sinks
+        )
         return
     num_tokens, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_q_heads // num_kv_heads
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
     tiles = tiles or prefill_tiles(q.dtype, head_dim)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
@@ -450,8 +379,11 @@ def prefill_attention(
     score_scale, softcap = score_factors(softmax_scale, logit_softcap)
     _prefill_kernel[(num_programs,)](
         q,
-        k_cache,
-        v_cache,
+        keys,
+        values,
+        k_scales,
+        v_scales,
+        sinks,
         metadata.block_table,
         plan,
         out,
@@ -459,9 +391,10 @@ def prefill_attention(
         softcap,
         q.stride(0),
         q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        0 if k_scales is None else k_scales.stride(0),
         metadata.block_table.stride(0),
         out.stride(0),
         NUM_KV_HEADS=num_kv_heads,
@@ -469,6 +402,7 @@ def prefill_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window or 0,
+        CHUNK=chunk_size or 0,
         HAS_SOFTCAP=logit_softcap != 0.0,
         IS_PERSISTENT=is_persistent,
         KEY_ALIGNMENT=KEY_ALIGNMENT,

@@ -2,17 +2,20 @@
 
 The formula, the packing of query heads and the list of work items are those of
 `prefill_attention`, which hands over what this kernel can do: 16 bit, head_dim 64 and 128, no
-window, no soft-cap.
+window or chunks, no soft-cap.
 
 | argument            | shape, dtype                       | duty                                  |
 |---------------------|------------------------------------|---------------------------------------|
 | q_ptr               | [T, Hq, D] bf16 or fp16            | stride 1 along D                      |
-| k_desc, v_desc      | [N * block_size, Hkv * D], q's     | TMA descriptors; boxes of one block   |
-|                     | dtype                              | (64 tokens at most) and 64 columns    |
+| k_desc, v_desc      | [N * block_size, Hkv * D], with    | TMA descriptors; boxes of one block   |
+|                     | HEADS_FIRST [N * Hkv * block_size, | (64 tokens at most) and 64 columns    |
+|                     | D], q's dtype                      |                                       |
 | block_table_ptr     | [rows, max_blocks] int32           | stride 1 along blocks                 |
 | plan_ptr            | [HEADER + tiles * ITEM] int32      | see `prefill_plan`                    |
 | out_ptr             | [T, Hq * D], q's dtype             | stride 1; rows of no sequence are not |
 |                     |                                    | written                               |
+| sinks_ptr           | [Hq]                               | with HAS_SINKS; they join a row's sum |
+|                     |                                    | last, as in `attention_tiles`         |
 
 Grid (programs,). A program's warps have roles, which walk the same items:
 
@@ -53,6 +56,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.attention_tiles import LOG2_E, num_multiprocessors
 from engine.kernels.compile_ahead import launchable
+from engine.kernels.kv_cache import is_heads_first
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.prefill_plan import prefill_plan
 from engine.kernels.prefill_roles import attend, load
@@ -106,21 +110,17 @@ def can_attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    sliding_window: int | None,
-    logit_softcap: float,
 ) -> bool:
-    """Whether the kernel serves such a layer; depends on the model and its caches alone."""
+    """Whether the kernel reads such caches; depends on the model and its caches alone."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
-    row = num_kv_heads * head_dim
     return (
         _is_hopper(q.device)
         and q.dtype in (torch.bfloat16, torch.float16)
         and head_dim in (64, 128)
         and block_size >= 16
         and q.shape[1] // num_kv_heads <= 128
-        and sliding_window is None
-        and not logit_softcap
-        and k_cache.stride() == v_cache.stride() == (block_size * row, row, head_dim, 1)
+        and (k_cache.is_contiguous() or is_heads_first(k_cache))
+        and k_cache.stride() == v_cache.stride()
         and k_cache.data_ptr() % 16 == v_cache.data_ptr() % 16 == 0
     )
 
@@ -134,6 +134,7 @@ def _prefill_hopper_kernel(
     block_table_ptr,
     plan_ptr,
     out_ptr,
+    sinks_ptr,
     score_scale,
     stride_q_token,
     stride_q_head,
@@ -143,6 +144,8 @@ def _prefill_hopper_kernel(
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    HEADS_FIRST: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
@@ -178,6 +181,7 @@ def _prefill_hopper_kernel(
                         plan_ptr,
                         q_ptr,
                         out_ptr,
+                        sinks_ptr,
                         score_scale,
                         stride_q_token,
                         stride_q_head,
@@ -185,6 +189,7 @@ def _prefill_hopper_kernel(
                         gl.constexpr(0),
                         NUM_KV_HEADS,
                         GROUP,
+                        HAS_SINKS,
                     ),
                 ),
                 (
@@ -195,6 +200,7 @@ def _prefill_hopper_kernel(
                         plan_ptr,
                         q_ptr,
                         out_ptr,
+                        sinks_ptr,
                         score_scale,
                         stride_q_token,
                         stride_q_head,
@@ -202,6 +208,7 @@ def _prefill_hopper_kernel(
                         gl.constexpr(1),
                         NUM_KV_HEADS,
                         GROUP,
+                        HAS_SINKS,
                     ),
                 ),
                 (
@@ -215,6 +222,7 @@ def _prefill_hopper_kernel(
                         stride_table,
                         NUM_KV_HEADS,
                         BLOCK_SIZE,
+                        HEADS_FIRST,
                     ),
                 ),
             ],
@@ -232,6 +240,7 @@ def _prefill_hopper_kernel(
                         plan_ptr,
                         q_ptr,
                         out_ptr,
+                        sinks_ptr,
                         score_scale,
                         stride_q_token,
                         stride_q_head,
@@ -239,6 +248,7 @@ def _prefill_hopper_kernel(
                         gl.constexpr(0),
                         NUM_KV_HEADS,
                         GROUP,
+                        HAS_SINKS,
                     ),
                 ),
                 (
@@ -249,6 +259,7 @@ def _prefill_hopper_kernel(
                         plan_ptr,
                         q_ptr,
                         out_ptr,
+                        sinks_ptr,
                         score_scale,
                         stride_q_token,
                         stride_q_head,
@@ -256,6 +267,7 @@ def _prefill_hopper_kernel(
                         gl.constexpr(1),
                         NUM_KV_HEADS,
                         GROUP,
+                        HAS_SINKS,
                     ),
                 ),
                 (
@@ -266,6 +278,7 @@ def _prefill_hopper_kernel(
                         plan_ptr,
                         q_ptr,
                         out_ptr,
+                        sinks_ptr,
                         score_scale,
                         stride_q_token,
                         stride_q_head,
@@ -273,6 +286,7 @@ def _prefill_hopper_kernel(
                         gl.constexpr(2),
                         NUM_KV_HEADS,
                         GROUP,
+                        HAS_SINKS,
                     ),
                 ),
                 (
@@ -286,6 +300,7 @@ def _prefill_hopper_kernel(
                         stride_table,
                         NUM_KV_HEADS,
                         BLOCK_SIZE,
+                        HEADS_FIRST,
                     ),
                 ),
             ],
@@ -302,6 +317,7 @@ def prefill_on_hopper(
     out: torch.Tensor,
     *,
     softmax_scale: float,
+    sinks: torch.Tensor | None = None,
     tiles: HopperTiles | None = None,
 ) -> None:
     """`prefill_attention` where `can_attend` is true; arguments as there."""
@@ -315,7 +331,10 @@ def prefill_on_hopper(
         num_programs = min(num_programs, num_multiprocessors(q.device))
     if not num_programs:
         return
+    heads_first = is_heads_first(k_cache)
     flat = [num_blocks * block_size, num_kv_heads * head_dim]
+    if heads_first:
+        flat = [num_blocks * block_size * num_kv_heads, head_dim]
     box = [min(block_size, 64), _BOX_COLUMNS]
     layout = gl.NVMMASharedLayout(128, 16, 2)
     k_desc, v_desc = (
@@ -328,6 +347,7 @@ def prefill_on_hopper(
         metadata.block_table,
         plan,
         out,
+        q if sinks is None else sinks,
         softmax_scale * LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -337,6 +357,8 @@ def prefill_on_hopper(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        HEADS_FIRST=heads_first,
+        HAS_SINKS=sinks is not None,
         CONSUMERS=tiles.consumers,
         CONSUMER_REGISTERS=tiles.consumer_registers,
         LOADER_REGISTERS=LOADER_REGISTERS,

@@ -80,8 +80,10 @@ def _copy_tile(
     table_ptr,
     first_key,
     last_key,
+    first_row,
     column,
     BLOCK_SIZE: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
 ):
     """Copy keys (or values) from `first_key` on into the ring; past the end, the last block again.
 
@@ -96,7 +98,7 @@ def _copy_tile(
     mbarrier.expect(bar, panels * boxes_per_panel * desc.block_type.nbytes)
     for box in gl.static_range(boxes_per_panel):
         key = gl.minimum(first_key + box * box_rows, last_key)
-        row = gl.load(table_ptr + key // BLOCK_SIZE) * BLOCK_SIZE
+        row = gl.load(table_ptr + key // BLOCK_SIZE) * BLOCK_ROWS + first_row
         row += key % BLOCK_SIZE // box_rows * box_rows
         for panel in gl.static_range(panels):
             place = boxes.index(panel * boxes_per_panel + box)
@@ -113,6 +115,7 @@ def load(
     stride_table,
     NUM_KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    HEADS_FIRST: gl.constexpr,
 ):
     """The loader: every item's keys and values through the rings, one tile of each at a time."""
     k_desc, v_desc = descs
@@ -121,6 +124,7 @@ def load(
     head_dim: gl.constexpr = k_ring.type.shape[2]
     block_n: gl.constexpr = k_ring.type.shape[1]
     stages: gl.constexpr = k_ring.type.shape[0]
+    block_rows: gl.constexpr = BLOCK_SIZE * NUM_KV_HEADS if HEADS_FIRST else BLOCK_SIZE
     num_items = gl.load(plan_ptr) * NUM_KV_HEADS
     stage = 0
     phase = 0
@@ -131,7 +135,13 @@ def load(
         )
         if num_tokens > 0:
             table_ptr = block_table_ptr + table_row.to(gl.int64) * stride_table
-            column = item % NUM_KV_HEADS * head_dim
+            kv_head = item % NUM_KV_HEADS
+            if HEADS_FIRST:
+                first_row = kv_head * BLOCK_SIZE
+                column = kv_head * 0
+            else:
+                first_row = kv_head * 0
+                column = kv_head * head_dim
             last_key = seq_len - 1
             for key in range(0, first_position + num_tokens, block_n):
                 # One arrival frees the keys of a tile and the values of the tile before it.
@@ -145,8 +155,10 @@ def load(
                     table_ptr,
                     key,
                     last_key,
+                    first_row,
                     column,
                     BLOCK_SIZE,
+                    block_rows,
                 )
                 mbarrier.wait(empty.index(next_stage), next_phase ^ 1)
                 _copy_tile(
@@ -157,8 +169,10 @@ def load(
                     table_ptr,
                     key,
                     last_key,
+                    first_row,
                     column,
                     BLOCK_SIZE,
+                    block_rows,
                 )
                 stage = next_stage
                 phase = next_phase
@@ -258,6 +272,7 @@ def attend(
     plan_ptr,
     q_ptr,
     out_ptr,
+    sinks_ptr,
     score_scale,
     stride_q_token,
     stride_q_head,
@@ -265,6 +280,7 @@ def attend(
     CONSUMER: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):
     """One consumer: its 64 rows of every item."""
     q_ring, k_ring, v_ring = rings
@@ -383,6 +399,10 @@ def attend(
             acc = warpgroup_mma(operand, v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             stage, phase = _next_slot(stage, phase, stages)
+            if HAS_SINKS:
+                row = CONSUMER * rows + gl.arange(0, rows, gl.SliceLayout(1, scores_of))
+                sinks = gl.load(sinks_ptr + kv_head * GROUP + row % GROUP).to(gl.float32)
+                row_sum += gl.exp2(sinks * 1.4426950408889634 - row_max)
             mixed = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, acc_of))[:, None]
 
             row = CONSUMER * rows + gl.arange(0, rows, gl.SliceLayout(1, acc_of))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import ConfigError
+from engine.kernels.kv_cache import KVTensor, QuantisedCache, expand, quantise
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.moe_reference import moe_experts as moe_experts
 from engine.kernels.moe_reference import moe_route as moe_route
@@ -89,8 +90,8 @@ def rope_write_kv(
     qkv: torch.Tensor,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -109,7 +110,8 @@ def rope_write_kv(
         qkv: [T, (num_q_heads + 2 num_kv_heads) * head_dim]: q heads, k heads, v heads.
         metadata: `positions` and `slot_mapping` are read; slot -1 stores nothing.
         cos_sin: [P, 2, rot_dim // 2] float32, cos and sin by position; None for no rotation.
-        k_cache: [num_blocks, block_size, num_kv_heads, head_dim], written in place.
+        k_cache: [num_blocks, block_size, num_kv_heads, head_dim], written in place; plain, or 8
+            bits, to which keys are rounded from qkv's dtype (`kv_cache.quantise`).
         v_cache: Likewise.
         num_q_heads: Query heads.
         num_kv_heads: Key and value heads.
@@ -133,17 +135,29 @@ def rope_write_kv(
 
     is_real = metadata.slot_mapping >= 0
     slots = metadata.slot_mapping[is_real]
-    block_size = k_cache.shape[1]
-    blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, offsets] = k[is_real].to(k_cache.dtype)
-    v_cache[blocks, offsets] = v[is_real].to(v_cache.dtype)
+    store_kv(k_cache, slots, k[is_real])
+    store_kv(v_cache, slots, v[is_real])
     return q.contiguous()
+
+
+def store_kv(cache: KVTensor, slots: torch.Tensor, x: torch.Tensor) -> None:
+    """Put x [T, Hkv, D] into the slots [T] of a cache, as it stores numbers."""
+    block_size = cache.shape[1]
+    blocks, offsets = slots // block_size, slots % block_size
+    if isinstance(cache, QuantisedCache):
+        stored, scales = quantise(x, cache.values.dtype)
+        # torch moves the bytes of float8 numbers, but does not index them.
+        as_bytes = cache.values.view(torch.int8)
+        as_bytes[blocks, offsets] = stored.view(torch.int8)
+        cache.scales[blocks, :, offsets] = scales
+        return
+    cache[blocks, offsets] = x.to(cache.dtype)
 
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     *,
     softmax_scale: float,
@@ -162,7 +176,7 @@ def paged_attention(
 
     Args:
         q: [T, Hq, D], rotated.
-        k_cache: [num_blocks, block_size, Hkv, D]; Hq is a multiple of Hkv.
+        k_cache: [num_blocks, block_size, Hkv, D], plain or 8 bits; Hq is a multiple of Hkv.
         v_cache: Likewise.
         metadata: Layout of the batch; its `shared_prefixes` change nothing here.
         softmax_scale: Factor of the scores.
@@ -388,10 +402,18 @@ def embed_rows(
     return hidden, _wide(hidden).pow(2).sum(-1, keepdim=True).float()
 
 
-def gather_kv(cache: torch.Tensor, block_ids: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """The first `seq_len` tokens of one sequence, [seq_len, Hkv, D], copied out of its blocks."""
-    num_blocks = -(-seq_len // cache.shape[1])
-    return cache[block_ids[:num_blocks].long()].flatten(0, 1)[:seq_len]
+def gather_kv(cache: KVTensor, block_ids: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """The first `seq_len` tokens of one sequence, [seq_len, Hkv, D], copied out of its blocks.
+
+    8-bit numbers come as float32.
+    """
+    ids = block_ids[: -(-seq_len // cache.shape[1])].long()
+    if isinstance(cache, QuantisedCache):
+        values = cache.values.view(torch.int8)[ids].view(cache.values.dtype)
+        blocks = expand(QuantisedCache(values, cache.scales[ids]), torch.float32)
+    else:
+        blocks = cache[ids]
+    return blocks.flatten(0, 1)[:seq_len]
 
 
 def visible_keys(

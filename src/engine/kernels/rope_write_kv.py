@@ -7,12 +7,14 @@ For each token t and head h of [q heads | k heads | v heads], with x = qkv[t, h]
            y[d] = x[d] cos[d - R] + x[d - R] sin[d - R]      for R <= d < 2 R
            y[d] = x[d]                                       for the rest
     q -> out[t, h];  k, v -> cache[slot // block_size, slot % block_size, head], slot -1: nowhere
+    (8-bit caches: in qkv's dtype first, then as `kv_cache.quantise` does)
 
 | argument           | shape, dtype                            | duty                              |
 |--------------------|-----------------------------------------|-----------------------------------|
 | qkv_ptr            | [T, (Hq + 2 Hkv) D] bf16, fp16 or fp32  | stride 1 along heads, any in T    |
 | out_ptr            | [T, Hq, D], same dtype                  | contiguous                        |
 | k_cache, v_cache   | [N, block_size, Hkv, D]                 | equal strides, 1 along D; written |
+| k_scales, v_scales | [N, Hkv, block_size] fp32               | of 8-bit caches, written; or None |
 | cos_sin_ptr        | [P, 2, R] fp32                          | contiguous; None: no rotation     |
 | positions_ptr      | [T] int64                               | < P; not read where the slot is -1|
 | slots_ptr          | [T] int64                               | -1 marks padding                  |
@@ -39,7 +41,9 @@ import triton
 import triton.language as tl
 
 from engine.kernels.compile_ahead import launchable
+from engine.kernels.kv_cache import LIMITS, KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.quantise_kv import scales_of, stored_numbers
 
 _BLOCK_H = 8
 
@@ -85,6 +89,8 @@ def _rope_write_kv_kernel(
     out_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
@@ -96,6 +102,7 @@ def _rope_write_kv_kernel(
     stride_cache_block,
     stride_cache_token,
     stride_cache_head,
+    stride_scales,
     BLOCK_SIZE: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -104,6 +111,7 @@ def _rope_write_kv_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_NORM_OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -169,11 +177,19 @@ def _rope_write_kv_kernel(
     out_ptrs = out_ptr + token * (NUM_Q_HEADS * HEAD_DIM) + (heads * HEAD_DIM)[:, None]
     tl.store(out_ptrs + columns[None, :], x.to(dtype), mask=mask & is_q[:, None])
 
-    if slot >= 0:
-        cache_dtype = k_cache_ptr.dtype.element_ty
+    if (slot >= 0) & (tl.program_id(1) * BLOCK_H + BLOCK_H > NUM_Q_HEADS):
+        cache_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         place = (slot // BLOCK_SIZE) * stride_cache_block + (slot % BLOCK_SIZE) * stride_cache_token
         kv_heads = tl.where(is_k, heads - NUM_Q_HEADS, heads - NUM_Q_HEADS - NUM_KV_HEADS)
         places = place + (kv_heads * stride_cache_head)[:, None] + columns[None, :]
+        if k_scales_ptr is not None:
+            x = x.to(dtype).to(tl.float32)
+            scales, inverses = scales_of(tl.max(tl.abs(x), axis=1), LIMIT)
+            x = stored_numbers(x, inverses, cache_dtype, LIMIT)
+            scale_places = slot // BLOCK_SIZE * stride_scales + slot % BLOCK_SIZE
+            scale_places += kv_heads * BLOCK_SIZE
+            tl.store(k_scales_ptr + scale_places, scales, mask=is_k)
+            tl.store(v_scales_ptr + scale_places, scales, mask=is_v)
         tl.store(k_cache_ptr + places, x.to(cache_dtype), mask=mask & is_k[:, None])
         tl.store(v_cache_ptr + places, x.to(cache_dtype), mask=mask & is_v[:, None])
 
@@ -182,8 +198,8 @@ def rope_write_kv(
     qkv: torch.Tensor,
     metadata: AttentionMetadata,
     cos_sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     *,
     num_q_heads: int,
     num_kv_heads: int,
@@ -200,12 +216,15 @@ def rope_write_kv(
     out = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if not num_tokens:
         return out
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
     grid = (num_tokens, triton.cdiv(num_q_heads + 2 * num_kv_heads, _BLOCK_H))
     _rope_write_kv_kernel[grid](
         qkv,
         out,
-        k_cache,
-        v_cache,
+        keys,
+        values,
+        k_scales,
+        v_scales,
         cos_sin,
         metadata.positions,
         metadata.slot_mapping,
@@ -214,9 +233,10 @@ def rope_write_kv(
         norm_eps,
         norm_weight_offset,
         qkv.stride(0),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        0 if k_scales is None else k_scales.stride(0),
         BLOCK_SIZE=k_cache.shape[1],
         NUM_Q_HEADS=num_q_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -225,6 +245,7 @@ def rope_write_kv(
         HAS_Q_NORM=q_norm_weight is not None,
         HAS_K_NORM=k_norm_weight is not None,
         HAS_NORM_OFFSET=norm_weight_offset != 0.0,
+        LIMIT=LIMITS.get(keys.dtype, 0.0),
         BLOCK_H=_BLOCK_H,
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=2,

@@ -12,6 +12,9 @@ own places among the partials, ahead of their private parts; the merge knows no 
 |-----------------|-------------------------------------|------------------------------------------|
 | q_ptr           | [B, Hq, D] bf16, fp16 or fp32       | stride 1 along D                         |
 | k_ptr, v_ptr    | [N, block_size, Hkv, D], same dtype | equal strides, 1 along D                 |
+|                 | or 8 bits                           |                                          |
+| k_scales_ptr,   | [N, Hkv, block_size] fp32           | of 8-bit keys and values; None: plain    |
+| v_scales_ptr    |                                     | ones                                     |
 | block_table_ptr | [rows, max_blocks] int32            | stride 1 along blocks                    |
 | items_ptr       | int32                               | items of groups, see `decode_plan`       |
 | members_ptr     | int32                               | see `metadata.SharedPrefixes`            |
@@ -45,6 +48,7 @@ from engine.kernels.attention_tiles import attend_tiles, num_multiprocessors, st
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.decode_layout import PrefixLayout
 from engine.kernels.decode_plan import ITEM, DecodePlan
+from engine.kernels.kv_cache import KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -100,6 +104,8 @@ def _prefix_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     block_table_ptr,
     items_ptr,
     members_ptr,
@@ -113,6 +119,7 @@ def _prefix_kernel(
     stride_cache_block,
     stride_cache_token,
     stride_cache_head,
+    stride_scales,
     stride_table,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -133,6 +140,11 @@ def _prefix_kernel(
     for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
         item_ptr = items_ptr + (1 + work // NUM_KV_HEADS) * ITEM
         kv_head = work % NUM_KV_HEADS
+        k_scales = k_scales_ptr
+        v_scales = v_scales_ptr
+        if k_scales_ptr is not None:
+            k_scales = k_scales_ptr + kv_head * BLOCK_SIZE
+            v_scales = v_scales_ptr + kv_head * BLOCK_SIZE
         first_member = tl.load(item_ptr)
         num_members = tl.load(item_ptr + 1)
         rows = tl.load(item_ptr + 2) + tl.arange(0, BLOCK_M)
@@ -160,6 +172,8 @@ def _prefix_kernel(
             positions,
             k_ptr + kv_head * stride_cache_head,
             v_ptr + kv_head * stride_cache_head,
+            k_scales,
+            v_scales,
             block_table_ptr + table_row * stride_table,
             start,
             start,
@@ -168,8 +182,10 @@ def _prefix_kernel(
             softcap,
             stride_cache_block,
             stride_cache_token,
+            stride_scales,
             IS_MASKED=False,
             WINDOW=0,
+            CHUNK=0,
             HAS_SOFTCAP=HAS_SOFTCAP,
             HEAD_DIM=HEAD_DIM,
             BLOCK_D=BLOCK_D,
@@ -185,6 +201,8 @@ def _prefix_kernel(
                 positions,
                 k_ptr + kv_head * stride_cache_head,
                 v_ptr + kv_head * stride_cache_head,
+                k_scales,
+                v_scales,
                 block_table_ptr + table_row * stride_table,
                 full_end,
                 start,
@@ -193,8 +211,10 @@ def _prefix_kernel(
                 softcap,
                 stride_cache_block,
                 stride_cache_token,
+                stride_scales,
                 IS_MASKED=True,
                 WINDOW=0,
+                CHUNK=0,
                 HAS_SOFTCAP=HAS_SOFTCAP,
                 HEAD_DIM=HEAD_DIM,
                 BLOCK_D=BLOCK_D,
@@ -211,8 +231,8 @@ def _prefix_kernel(
 
 def attend_shared_prefixes(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KVTensor,
+    v_cache: KVTensor,
     metadata: AttentionMetadata,
     plan: DecodePlan,
     partial: torch.Tensor,
@@ -238,11 +258,14 @@ def attend_shared_prefixes(
     assert metadata.shared_prefixes is not None, "no groups"
     num_q_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
     num_programs = num_multiprocessors(q.device) * tiles.programs_per_processor
     _prefix_kernel[(num_programs,)](
         q,
-        k_cache,
-        v_cache,
+        keys,
+        values,
+        k_scales,
+        v_scales,
         metadata.block_table,
         plan.prefix_items,
         metadata.shared_prefixes.members,
@@ -253,9 +276,10 @@ def attend_shared_prefixes(
         softcap,
         q.stride(0),
         q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        0 if k_scales is None else k_scales.stride(0),
         metadata.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_q_heads // num_kv_heads,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.kernels import dispatch
+from engine.kernels.kv_cache import KVTensor, QuantisedCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -122,8 +123,8 @@ class Attention:
         self,
         x: torch.Tensor,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Attention output, new [T, H].
@@ -131,11 +132,12 @@ class Attention:
         Args:
             x: [T, H], normalised.
             cos_sin: [P, 2, rot_dim // 2] float32; None for a layer without positions.
-            k_cache: [num_blocks, block_size, Hkv, D]; new keys are written in place.
+            k_cache: [num_blocks, block_size, Hkv, D], plain or 8 bits; new keys are written in
+                place.
             v_cache: Likewise.
             metadata: Layout of the batch.
         """
-        if self.qkv_proj.beats_library("qkv", x) and self._turns_whole_heads(cos_sin):
+        if self.qkv_proj.beats_library("qkv", x) and self._turns_whole_heads(cos_sin, k_cache):
             q = self._turned_product(x, None, 0.0, cos_sin, k_cache, v_cache, metadata)
         else:
             qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
@@ -148,15 +150,16 @@ class Attention:
         squares: torch.Tensor,
         norm: RMSNorm,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`hidden += attention(norm(hidden))` in place; returns the new `squares`.
 
         `hidden` and `squares` as in `Linear.of_normed`, the rest as in the call.
         """
-        if self._rotates_in_product(cos_sin):
+        if self._rotates_in_product(cos_sin) and isinstance(k_cache, torch.Tensor):
+            assert isinstance(v_cache, torch.Tensor), "both caches are of one kind"
             q = dispatch.normed_qkv(
                 hidden,
                 squares,
@@ -186,8 +189,8 @@ class Attention:
         norm: RMSNorm,
         next_norm: RMSNorm,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden += attention(norm(hidden))` in place, where x is hidden weighed for `norm`.
@@ -195,7 +198,7 @@ class Attention:
         Returns:
             (hidden weighed for `next_norm`, its `squares`), new.
         """
-        if self._turns_whole_heads(cos_sin):
+        if self._turns_whole_heads(cos_sin, k_cache):
             q = self._turned_product(x, squares, norm.eps, cos_sin, k_cache, v_cache, metadata)
         else:
             qkv = self.qkv_proj.of_weighed(x, squares, norm.eps)
@@ -209,8 +212,8 @@ class Attention:
         squares: torch.Tensor | None,
         eps: float,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Queries for attention, new [T, Hq, D], from x in one kernel; `dispatch.scaled_qkv`."""
@@ -233,12 +236,13 @@ class Attention:
             norm_weight_offset=self.norm_offset,
         )
 
-    def _turns_whole_heads(self, cos_sin: torch.Tensor | None) -> bool:
-        """Whether `dispatch.scaled_qkv` can norm and turn the heads."""
+    def _turns_whole_heads(self, cos_sin: torch.Tensor | None, k_cache: KVTensor) -> bool:
+        """Whether `dispatch.scaled_qkv` can norm and turn the heads, and store them."""
         has_whole_heads = cos_sin is None or 2 * cos_sin.shape[-1] == self.head_dim
         power_of_two = self.head_dim & -self.head_dim
         has_size = power_of_two >= 32
-        if self.q_norm is not None:  # a program has the whole head
+        if self.q_norm is not None or isinstance(k_cache, QuantisedCache):
+            # A program has the whole head: its norm, or its scale, needs it.
             has_size = self.head_dim in (32, 64, 128)
         return has_whole_heads and has_size and self.qk_norm != "projection"
 
@@ -251,8 +255,8 @@ class Attention:
         self,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Queries for attention, new [T, Hq, D]; keys and values go to the cache."""
@@ -282,8 +286,8 @@ class Attention:
     def _attend(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """What the output projection takes, new [T, Hq D]."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import dispatch
+from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -132,8 +133,8 @@ class LatentAttention:
         self,
         x: torch.Tensor,
         cos_sin: torch.Tensor | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Attention output, new [T, H]; arguments as in `Attention`."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.kernels import dispatch, few_row_tiles, fused_tiles
+from engine.kernels.kv_cache import KVCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.layers.attention import Attention
 from engine.layers.embedding import Embedding
@@ -39,8 +40,6 @@ from engine.models.weight_loading import WeightSource, load_weights
 
 if TYPE_CHECKING:
     from engine.kernels.persistent_step import PersistentStep
-
-KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer:
@@ -301,8 +300,8 @@ class Decoder:
 
         Args:
             input_ids: [T] int64 in [0, V); any valid id for padding.
-            kv_caches: (k_cache, v_cache) of each layer, each `kv_cache_shape` of `dtype`; the new
-                tokens' keys and values are written in place.
+            kv_caches: (k_cache, v_cache) of each layer, each `kv_cache_shape`, of `dtype` or 8
+                bits; the new tokens' keys and values are written in place.
             metadata: Layout of the batch; positions below `max_model_len`.
         """
         dispatch.begin_step(metadata)
@@ -333,11 +332,16 @@ class Decoder:
         # Imports triton: on GPUs only.
         from engine.models import persistent
 
-        if not persistent.is_alone(metadata):
+        plain = [
+            (k_cache, v_cache)
+            for k_cache, v_cache in kv_caches
+            if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
+        ]
+        if not persistent.is_alone(metadata) or len(plain) < len(kv_caches):
             return None
-        addresses = tuple(cache.data_ptr() for pair in kv_caches for cache in pair)
+        addresses = tuple(cache.data_ptr() for pair in plain for cache in pair)
         if self._persistent is None or self._persistent[0] != addresses:
-            self._persistent = (addresses, persistent.persistent_step(self, kv_caches))
+            self._persistent = (addresses, persistent.persistent_step(self, plain))
         return self._persistent[1]
 
     def _forward_few_rows(

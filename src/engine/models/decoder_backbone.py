@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from engine.kernels.kv_cache import KVCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.packed_texts import PackedTexts
-from engine.models.decoder import Decoder, KVCache
+from engine.models.decoder import Decoder
 
 _BLOCK_SIZE = 64
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from engine.errors import UnsupportedModelError
 from engine.layers.attention import Attention
 from engine.layers.latent_attention import LatentAttention
 from engine.layers.mlp import GatedMLP
@@ -54,11 +53,7 @@ def make_norm(config: DecoderConfig, options: PartOptions) -> Norm:
 def make_attention(
     config: DecoderConfig, index: int, options: PartOptions
 ) -> Attention | LatentAttention:
-    """Attention of one layer.
-
-    Raises:
-        UnsupportedModelError: It needs what the device's kernels do not have.
-    """
+    """Attention of one layer."""
     if config.latent is not None:
         return LatentAttention(
             config.hidden_size,
@@ -68,15 +63,6 @@ def make_attention(
             softmax_scale=config.softmax_scale,
             **options.of_linear,
         )
-    chunk_size = config.chunk_size_within(index, options.max_model_len)
-    if options.device.type == "cuda" and (config.has_sinks or chunk_size):
-        what = "attention sinks" if config.has_sinks else f"chunks of {chunk_size} tokens"
-        cure = "" if config.has_sinks else f" or max_model_len={chunk_size}"
-        msg = (
-            f"{config.architecture} has {what}, for which there is no attention kernel on a GPU "
-            f"yet. Use device='cpu'{cure}."
-        )
-        raise UnsupportedModelError(msg)
     query_scale = config.query_scales[index]
     query_scales = None
     if query_scale is not None:
@@ -93,7 +79,7 @@ def make_attention(
         norm_offset=config.norm_offset,
         softmax_scale=config.softmax_scale,
         sliding_window=config.sliding_windows[index],
-        chunk_size=chunk_size,
+        chunk_size=config.chunk_size_within(index, options.max_model_len),
         logit_softcap=config.attention_softcap,
         has_sinks=config.has_sinks,
         query_scales=query_scales,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from engine.errors import UnsupportedModelError
 from engine.kernels import dispatch
+from engine.kernels.kv_cache import KVCache
 from engine.kernels.metadata import AttentionMetadata
 
 if TYPE_CHECKING:
@@ -70,20 +71,22 @@ class RunningStep:
     """What a model's attention needs to know of the step that runs; one per model.
 
     Attributes:
+        dtype: Of the model, in which queries, keys and values come to the cache.
         kv_caches: Caches of the layers, in the order in which they call.
         metadata: Layout of the batch; None while the layers are only looked at.
         next_layer: Calls so far in this forward.
         heads: What the layers were seen to have.
     """
 
-    kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    dtype: torch.dtype
+    kv_caches: Sequence[KVCache] = ()
     metadata: AttentionMetadata | None = None
     next_layer: int = 0
     heads: list[LayerHeads] = field(default_factory=list)
 
     def begin(
         self,
-        kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        kv_caches: Sequence[KVCache] = (),
         metadata: AttentionMetadata | None = None,
     ) -> None:
         """A forward starts."""
@@ -92,14 +95,14 @@ class RunningStep:
             self.heads = []
 
 
-def adopt(model: nn.Module) -> RunningStep:
+def adopt(model: nn.Module, dtype: torch.dtype) -> RunningStep:
     """Let the modules of `model` find its running step; registers our function at first use."""
     from transformers import AttentionInterface
 
     with _register_lock:
         if ATTENTION_NAME not in AttentionInterface():
             AttentionInterface.register(ATTENTION_NAME, paged_attention_of_module)
-    step = RunningStep()
+    step = RunningStep(dtype)
     for module in model.modules():
         module.__dict__[_OWNER] = step
     return step
@@ -175,7 +178,7 @@ def paged_attention_of_module(
         for part in (query, key, value)
     ]
     q = dispatch.rope_write_kv(
-        torch.cat(parts, dim=1).flatten(1).to(k_cache.dtype),
+        torch.cat(parts, dim=1).flatten(1).to(step.dtype),
         step.metadata,
         None,
         k_cache,

@@ -22,6 +22,7 @@ import torch
 
 from engine.errors import UnsupportedModelError
 from engine.kernels import dispatch
+from engine.kernels.kv_cache import KVCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.transformers_attention import ATTENTION_NAME, LayerHeads, adopt
 from engine.models.transformers_loading import fill_weights, skeleton
@@ -74,11 +75,14 @@ class TransformersModel:
         self.device = device
         self.dtype = dtype
         self.max_model_len = max_model_len or config.max_position_embeddings
-        if device.type == "cuda" and config.is_chunked:
-            msg = f"{config.architecture} attends within chunks, which only a Llama 4 may here."
+        if config.is_chunked:
+            msg = (
+                f"{config.architecture} attends within chunks, which do not reach its attention "
+                "function in transformers' own code. Only a native Llama 4 may."
+            )
             raise UnsupportedModelError(msg)
         self._model = skeleton(config)
-        self._step = adopt(self._model)
+        self._step = adopt(self._model, dtype)
         self._model.set_attn_implementation(ATTENTION_NAME)
         prefix = self._model.base_model_prefix
         if not isinstance(getattr(self._model, prefix, None), torch.nn.Module):
@@ -124,7 +128,7 @@ class TransformersModel:
     def forward(
         self,
         input_ids: torch.Tensor,
-        kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: Sequence[KVCache],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Hidden states after the final norm, new [T, H]; arguments as in `Decoder.forward`."""
@@ -237,7 +241,7 @@ class TransformersModel:
     def _run_probe(
         self,
         texts: list[torch.Tensor],
-        caches: list[tuple[torch.Tensor, torch.Tensor]],
+        caches: Sequence[KVCache],
         spans: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, ...]:
         """Logits of the spans of all texts in one step; text i has block i + 1."""

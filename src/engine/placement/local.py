@@ -178,7 +178,7 @@ class LocalHost(LoopHost):
             facts=facts,
             counters=counters,
             weight_bytes=parts.weight_bytes,
-            kv_cache_bytes=kv_bytes_per_token(parts.model)
+            kv_cache_bytes=kv_bytes_per_token(parts.model.config, resolved.kv_cache_dtype)
             * resolved.block_size
             * resolved.num_kv_blocks,
         )

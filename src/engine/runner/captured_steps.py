@@ -25,9 +25,10 @@ from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedInputs
 from engine.kernels.captured_step import begin_captured_step, finish_captured_step
+from engine.kernels.kv_cache import KVCache
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.sampling_reference import FILTERED, GREEDY, RANDOM
-from engine.models.decoder import Decoder, KVCache
+from engine.models.decoder import Decoder
 from engine.runner.buckets import Ladder
 from engine.runner.graph_launcher import CapturedGraph
 from engine.runner.sampler import Sampler, SamplerVariant

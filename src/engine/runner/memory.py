@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.kernels.kv_cache import make_cache
 from engine.kernels.metadata import AttentionMetadata
 from engine.models.any_model import AnyModel
 
@@ -143,7 +144,13 @@ def _gpu_budget(config: EngineConfig, device: torch.device, run_step: Callable[[
     return int(total * config.gpu_memory_utilization) - in_use - reserve_bytes
 
 
-def run_largest_step(model: AnyModel, num_tokens: int, num_seqs: int, block_size: int) -> None:
+def run_largest_step(
+    model: AnyModel,
+    num_tokens: int,
+    num_seqs: int,
+    block_size: int,
+    kv_cache_dtype: torch.dtype,
+) -> None:
     """Run the largest step once, eagerly, on throw-away KV blocks.
 
     Args:
@@ -151,14 +158,12 @@ def run_largest_step(model: AnyModel, num_tokens: int, num_seqs: int, block_size
         num_tokens: Token budget of a step.
         num_seqs: Sequences that sample in it.
         block_size: Tokens per block.
+        kv_cache_dtype: Of those blocks.
     """
-    device, dtype = model.device, model.dtype
+    device = model.device
     shape = model.kv_cache_shape(2, block_size)
     kv_caches = [
-        (
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
+        (make_cache(shape, kv_cache_dtype, device), make_cache(shape, kv_cache_dtype, device))
         for _ in range(model.config.num_layers)
     ]
     one = torch.tensor([num_tokens], dtype=torch.int32, device=device)

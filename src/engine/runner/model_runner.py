@@ -21,6 +21,7 @@ import torch
 from engine.config import ResolvedConfig
 from engine.core.batch import ScheduledBatch
 from engine.core.state import SequenceTable
+from engine.kernels.kv_cache import KVCache, make_cache
 from engine.models.any_model import AnyModel
 from engine.models.decoder import Decoder
 from engine.runner.free_cores import ThreadChooser
@@ -126,7 +127,11 @@ class ModelRunner:
                 if self._captured is not None:
                     self._captured.launch_each_kernel(variant)
                 run_largest_step(
-                    self._model, config.max_num_batched_tokens, num_seqs, config.block_size
+                    self._model,
+                    config.max_num_batched_tokens,
+                    num_seqs,
+                    config.block_size,
+                    config.kv_cache_dtype,
                 )
             if self._captured is not None:
                 self._captured.warm_up(variant)
@@ -310,19 +315,15 @@ class ModelRunner:
         return found
 
 
-def allocate_kv_caches(
-    model: AnyModel, config: ResolvedConfig
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def allocate_kv_caches(model: AnyModel, config: ResolvedConfig) -> list[KVCache]:
     """K and V of each layer, [num_blocks, block_size, num_kv_heads, head_dim], not initialised.
 
     Not initialised on purpose: on a CPU the system then gives memory block by block as it is
     written, and attention never reads what was not written.
     """
     shape = model.kv_cache_shape(config.num_kv_blocks, config.block_size)
+    dtype, device = config.kv_cache_dtype, config.device
     return [
-        (
-            torch.empty(shape, dtype=config.dtype, device=config.device),
-            torch.empty(shape, dtype=config.dtype, device=config.device),
-        )
+        (make_cache(shape, dtype, device), make_cache(shape, dtype, device))
         for _ in range(model.config.num_layers)
     ]

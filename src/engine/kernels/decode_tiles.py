@@ -1,0 +1,85 @@
+"""Launch shapes of decode attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.decode_layout import SplitLayout
+from engine.kernels.kv_cache import LIMITS, KVTensor, QuantisedCache
+
+# Bounds the workspace of `batch_invariant`: every sequence may have so many parts.
+_MAX_FIXED_PARTS = 32
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Launch shape of `_split_kernel`, and what its results depend on.
+
+    Attributes:
+        block_n: Keys per tile.
+        num_stages: Tiles of keys in flight, plus one.
+        num_warps: Warps per program.
+        programs_per_processor: Programs that share a multiprocessor.
+        max_columns: Elements of a token's keys that a program reads at most; a head in any case.
+        min_tiles: Fewest tiles of a program that has work.
+        snap: Fewest tiles of a part, at most `min_tiles`.
+        max_parts: Most parts of a sequence.
+        split: Keys per part under `batch_invariant`, a multiple of block_n.
+        max_registers: Of a thread; None for as many as the compiler likes.
+    """
+
+    block_n: int
+    num_stages: int
+    num_warps: int
+    programs_per_processor: int
+    max_columns: int = 0
+    min_tiles: int = 4
+    snap: int = 2
+    max_parts: int = 64
+    split: int = 512
+    max_registers: int | None = None
+
+    def layout(self, num_columns: int, batch_invariant: bool) -> SplitLayout:
+        """How sequences are cut."""
+        return SplitLayout(
+            num_columns=num_columns,
+            tile=self.block_n,
+            min_tiles=self.min_tiles,
+            snap=self.snap,
+            max_parts=_MAX_FIXED_PARTS if batch_invariant else self.max_parts,
+            split=self.split if batch_invariant else 0,
+        )
+
+    def kv_heads(self, k_cache: KVTensor, group: int) -> int:
+        """KV heads that a program takes at once: a divisor of theirs, 16 query heads at most.
+
+        One in 8 bits, where each has its own scales.
+        """
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        if isinstance(k_cache, QuantisedCache) or k_cache.stride(2) != head_dim:
+            return 1
+        return max(
+            count
+            for count in range(1, num_kv_heads + 1)
+            if num_kv_heads % count == 0
+            and (count == 1 or (count * group <= 16 and count * head_dim <= self.max_columns))
+        )
+
+
+def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> DecodeTiles:
+    """Tiles for queries of a dtype, a head size, and the dtype that the cache stores.
+
+    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold.
+    """
+    if dtype == torch.float32:
+        return DecodeTiles(32, 2, 4, 2)
+    if head_dim > 128:
+        return DecodeTiles(32, 3, 4, 2)
+    if stored in LIMITS:
+        # Twice the keys, for as many bytes: half the instructions that are spent per tile.
+        return DecodeTiles(128, 2 if head_dim > 64 else 3, 4, 3, max_registers=168)
+    if head_dim > 64:
+        return DecodeTiles(64, 3, 4, 2)
+    return DecodeTiles(64, 3, 4, 4, max_registers=128)
