@@ -15,9 +15,11 @@ from kernel_cases import (
     make_metadata,
     only_sequence,
 )
+from quantised_cases import KINDS, random_codes
 
 from engine.kernels import cpu_attention, dispatch, reference
 from engine.kernels.moe_reference import Routing
+from engine.layers.quantised_packing import pack_codes
 
 DTYPES = list(TOLERANCE)
 
@@ -344,3 +346,12 @@ def test_moe_experts_row_by_row(dtype: torch.dtype) -> None:
             x[rows], **weight, weights=weights[rows], experts=experts[rows], activation="silu"
         )
         assert torch.equal(alone, got[rows])
+
+
+def test_quantised_products_take_the_plain_twins() -> None:
+    """On a CPU the factory of its layers takes other products; these are for comparison."""
+    planes = pack_codes(random_codes(KINDS[1], 16, 128))
+    x = torch.randn(3, 128)
+    got = dispatch.quantised_linear(x, planes)
+    rows = dispatch.quantised_rows(planes, None, torch.float32)
+    torch.testing.assert_close(got, F.linear(x, rows))

@@ -18,6 +18,7 @@ from engine.kernels.fused_reference import (
     scaled_qkv,
 )
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.quantised_reference import quantised_linear, quantised_rows
 from engine.kernels.reference import (
     add_linear,
     embed_rows,
@@ -41,6 +42,8 @@ __all__ = [
     "normed_linear",
     "normed_qkv",
     "paged_attention",
+    "quantised_linear",
+    "quantised_rows",
     "rms_norm",
     "rope_write_kv",
     "scaled_linear",

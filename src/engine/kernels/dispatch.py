@@ -1,7 +1,8 @@
 """The ops that layers call. CPU tensors take `cpu`, CUDA tensors the Triton kernels.
 
-Every op here has the same name and arguments in `reference` or `fused_reference`, which state
-formula, shapes and rounding. Triton is imported by the first call with a CUDA tensor.
+Every op here has the same name and arguments in `reference`, `fused_reference` or
+`quantised_reference`, which state formula, shapes and rounding. Triton is imported by the first
+call with a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from engine.kernels import cpu
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.moe_reference import Routing
+from engine.kernels.quantised_layout import CodePlanes
 
 PUBLIC_OPS = (
     "rms_norm",
@@ -30,6 +32,8 @@ PUBLIC_OPS = (
     "embed_weighed",
     "moe_route",
     "moe_experts",
+    "quantised_linear",
+    "quantised_rows",
 )
 
 
@@ -427,3 +431,30 @@ def moe_experts(
 
 
 __all__ = [*PUBLIC_OPS, "begin_step"]
+
+
+def quantised_linear(
+    x: torch.Tensor,
+    weight: CodePlanes,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """`x @ w.T + bias` with codes; see `quantised_reference.quantised_linear`."""
+    if not x.is_cuda:
+        return cpu.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
+    from engine.kernels import quantised_linear as kernels
+
+    return kernels.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
+
+
+def quantised_rows(
+    weight: CodePlanes, rows: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of a weight of codes as numbers; see `quantised_reference.quantised_rows`."""
+    if weight.device.type != "cuda":
+        return cpu.quantised_rows(weight, rows, dtype)
+    from engine.kernels import quantised_linear as kernels
+
+    return kernels.quantised_rows(weight, rows, dtype)
