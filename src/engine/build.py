@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -14,14 +13,20 @@ import torch
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
-from engine.loader.checkpoint import open_checkpoint
-from engine.loader.gguf_blocks import BITS_OF_TYPE
+from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
-from engine.models.any_model import AnyModel, describe_model, make_model, weight_bytes
-from engine.models.decoder import Decoder
-from engine.models.quantised_loading import can_run_quantised, takes_quantised
-from engine.runner.memory import check_weights_fit, num_kv_blocks, run_largest_step
+from engine.models.any_model import AnyConfig, AnyModel, describe_model, make_model, weight_bytes
+from engine.models.decoder import Decoder, shapes_of
+from engine.models.description import DecoderConfig
+from engine.models.quantised_loading import CodesPlan, plan_codes, runs_in_codes
+from engine.runner.memory import (
+    check_model_fits,
+    describe_bytes,
+    fits,
+    num_kv_blocks,
+    run_largest_step,
+)
 from engine.runner.model_runner import ModelRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
 
@@ -103,25 +108,26 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
 
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
-        stays_quantised = takes_quantised(model_config) and runs_quantised(
-            config, files, device, dtype
-        )
-        num_weight_bytes = (
-            _quantised_bytes(files, dtype)
-            if stays_quantised
-            else weight_bytes(model_config, dtype, device)
-        )
-        check_weights_fit(num_weight_bytes, device, config)
-        model = make_model(
-            model_config,
-            device,
-            dtype,
-            max_model_len=config.max_model_len,
-            batch_invariant=config.batch_invariant,
-        )
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
+            codes = None
+            if isinstance(model_config, DecoderConfig) and runs_quantised(
+                config, files, device, dtype
+            ):
+                codes = _plan_codes(model_config, checkpoint, device, dtype, config)
+            num_weight_bytes = (
+                weight_bytes(model_config, dtype, device) if codes is None else codes.num_bytes
+            )
+            kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
+            check_model_fits(num_weight_bytes, kv_bytes, device, config)
+            model = make_model(
+                model_config,
+                device,
+                dtype,
+                max_model_len=config.max_model_len,
+                batch_invariant=config.batch_invariant,
+            )
             if isinstance(model, Decoder):
-                model.load(checkpoint, checkpoint if stays_quantised else None)
+                model.load(checkpoint, None if codes is None else codes.factory(model.step_rows))
             else:
                 model.load(checkpoint)
         resolved = _resolve_sizes(config, model, device, dtype)
@@ -240,24 +246,55 @@ def resolve_dtype(name: str, files: ModelFiles, device: torch.device) -> torch.d
 def runs_quantised(
     config: EngineConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether quantised weights are computed with as they are: GGUF files on a CPU, by default.
+    """Whether weights that the files have in codes are computed with as they are.
 
-    A dtype that is asked for means weights of that dtype.
+    A Hugging Face checkpoint in codes always is: its dtype is that of activations. For a GGUF file,
+    a dtype that is asked for means weights of that dtype.
     """
-    is_wanted = config.dtype == "auto" and files.gguf is not None and config.load_format != "dummy"
-    can_run = device.type == "cpu" and dtype is torch.bfloat16
-    return is_wanted and can_run and can_run_quantised()
+    if config.load_format == "dummy" or (files.gguf is not None and config.dtype != "auto"):
+        return False
+    return runs_in_codes(device, dtype, is_needed=files.gguf is None)
 
 
-def _quantised_bytes(files: ModelFiles, dtype: torch.dtype) -> int:
-    """Memory of the weights of a GGUF file of which the quantised ones stay as they are."""
-    assert files.gguf is not None
-    return sum(
-        info.num_bytes
-        if info.ggml_type.name in BITS_OF_TYPE
-        else math.prod(info.shape) * dtype.itemsize
-        for info in files.gguf.tensors.values()
+def _plan_codes(
+    model_config: DecoderConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: EngineConfig,
+) -> CodesPlan:
+    """The quickest products that fit the memory; the smallest where none does."""
+    shapes = shapes_of(model_config)
+    plan = plan_codes(shapes, checkpoint, device, dtype, saves_memory=False)
+    kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
+    if fits(plan.num_bytes + kv_bytes, device, config):
+        return plan
+    small = plan_codes(shapes, checkpoint, device, dtype, saves_memory=True)
+    if small.num_bytes < plan.num_bytes:
+        logger.warning(
+            "%s takes %s with quick products, for which there is no room: weights stay packed "
+            "(%s) and are expanded for every product, which is slow for few sequences",
+            config.model,
+            describe_bytes(plan.num_bytes),
+            describe_bytes(small.num_bytes),
+        )
+        return small
+    return plan
+
+
+def _fewest_kv_bytes(
+    config: EngineConfig, model_config: AnyConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """KV cache of one sequence: of `max_model_len` tokens where that is set, else of a block."""
+    if not isinstance(model_config, DecoderConfig):
+        return 0
+    block_size = config.block_size or (
+        _GPU_BLOCK_SIZE if device.type == "cuda" else _CPU_BLOCK_SIZE
     )
+    # Block 0 is padding's.
+    num_blocks = 1 + -(-(config.max_model_len or 1) // block_size)
+    elements = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim
+    return num_blocks * block_size * elements * dtype.itemsize
 
 
 def _cpu_has_bfloat16() -> bool:

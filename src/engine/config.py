@@ -44,7 +44,8 @@ class EngineConfig:
         dtype: Weights and activations: "auto" is the checkpoint's own where the device computes it
             fast, else bfloat16 or float32; or "bfloat16", "float16", "float32". With "auto" on a
             CPU, quantised GGUF weights stay quantised: less memory, faster up to about 16 running
-            sequences; a dtype that is named expands them, which is faster beyond.
+            sequences; a dtype that is named expands them, which is faster beyond. Other quantised
+            checkpoints stay quantised whatever the dtype of activations.
         max_model_len: Most tokens of prompt and answer together. Default: the model's own limit,
             lowered to what the KV cache holds.
         max_num_seqs: Most sequences running at once, 1 to 4096. Further ones wait. Default 256.

@@ -34,7 +34,7 @@ from engine.models.encoder_families import (
 from engine.models.pooled_model import DenseStep, HeadlessWeights, PooledModel, ScoreHead
 from engine.models.registry import decoder_config, supported_architectures
 from engine.pooling_facts import PoolingFacts
-from engine.runner.memory import check_weights_fit
+from engine.runner.memory import check_model_fits
 from engine.runner.pooling_runner import PoolingRunner
 from engine.runner.threads import in_short_lived_thread, set_own_num_threads
 from engine.task import architecture_of, causal_architecture, choose_task
@@ -176,7 +176,7 @@ class _Loader:
         """An encoder with its pooling or its head."""
         description: EncoderConfig = encoder_config(self.files.config)
         num_bytes = description.num_parameters * self.dtype.itemsize
-        check_weights_fit(num_bytes, self.device, self.config)
+        check_model_fits(num_bytes, 0, self.device, self.config)
         if self.config.batch_invariant and self.device.type == "cuda":
             self._check_invariant(description)
         encoder = Encoder(
@@ -218,7 +218,7 @@ class _Loader:
             tie_word_embeddings=True,
         )
         num_bytes = weight_bytes(description, self.dtype, self.device)
-        check_weights_fit(num_bytes, self.device, self.config)
+        check_model_fits(num_bytes, 0, self.device, self.config)
         decoder = Decoder(
             description, self.device, self.dtype, batch_invariant=self.config.batch_invariant
         )

@@ -239,10 +239,17 @@ BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], type[EngineError], str
         CheckpointError,
         r"100",
     ),
-    "quantised by others": (
-        lambda p: edit_config(p, quantization_config={"quant_method": "awq"}),
+    "unknown quantisation": (
+        lambda p: edit_config(p, quantization_config={"quant_method": "quip"}),
         UnsupportedModelError,
-        "quantization_config",
+        r"quant_method is 'quip'; the engine runs gptq, awq, compressed-tensors",
+    ),
+    "quantised in config alone": (
+        lambda p: edit_config(
+            p, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32}
+        ),
+        CheckpointError,
+        "quantised with awq, but no tensor holds codes",
     ),
     "tokenizer is no JSON": (
         lambda p: (p / "tokenizer.json").write_text("{"),

@@ -13,15 +13,17 @@ from model_driver import PagedDriver
 
 from engine import EngineConfig
 from engine.build import runs_quantised
+from engine.layers.cpu_quantised import has_quick_products
 from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear
+from engine.layers.quantised_weights import EightBitWeight, FourBitWeight
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import resolve_model
 from engine.models.decoder import Decoder
-from engine.models.quantised_loading import can_run_quantised
+from engine.models.quantised_loading import make_factory
 from engine.models.registry import decoder_config
 
 pytestmark = pytest.mark.skipif(
-    not can_run_quantised(), reason="no products for quantised weights here"
+    not has_quick_products(torch.bfloat16), reason="no quick products for quantised weights here"
 )
 
 CPU = torch.device("cpu")
@@ -32,7 +34,8 @@ def load(path: Path | str, dtype: torch.dtype, *, stays_quantised: bool) -> Deco
     files = resolve_model(str(path))
     decoder = Decoder(decoder_config(files.config), CPU, dtype)
     with open_checkpoint(files) as checkpoint:
-        decoder.load(checkpoint, checkpoint if stays_quantised else None)
+        factory = make_factory(CPU, dtype, decoder.step_rows) if stays_quantised else None
+        decoder.load(checkpoint, factory)
     return decoder
 
 
@@ -118,15 +121,20 @@ def test_a_sequence_does_not_notice_its_neighbours(
         assert all(torch.equal(one, other) for one, other in pairs), index
 
 
-def test_weights_of_unsuitable_shapes_are_expanded(tmp_path: Path) -> None:
-    """96 rows are no whole panels of 64."""
+def test_weights_of_unsuitable_shapes_stay_quantised(tmp_path: Path) -> None:
+    """96 rows are no whole panels of 64: they get 8 bits."""
     path = tiny(tmp_path, GGMLQuantizationType.Q4_1, hidden_size=96)
     decoder = load(path, torch.bfloat16, stays_quantised=True)
     layer = decoder.layers[0]
-    assert isinstance(layer.attention.qkv_proj, QuantisedLinear)
-    assert isinstance(layer.mlp.gate_up_proj, QuantisedLinear)
-    assert not isinstance(layer.attention.o_proj, QuantisedLinear)
-    assert not isinstance(layer.mlp.down_proj, QuantisedLinear)
+    products = [
+        (layer.attention.qkv_proj, FourBitWeight),
+        (layer.mlp.gate_up_proj, FourBitWeight),
+        (layer.attention.o_proj, EightBitWeight),
+        (layer.mlp.down_proj, EightBitWeight),
+    ]
+    for linear, kind in products:
+        assert isinstance(linear, QuantisedLinear)
+        assert type(linear.weight_product) is kind
     run, exact = driver(decoder), driver(load(path, torch.float32, stays_quantised=False))
     found, expected = (d.step([(d.add([1, 2, 3]), None)])[0] for d in (run, exact))
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine.layers.quantised_codes import QuantisedCodes
 from engine.layers.quantised_linear import QuantisedLinear, StepRows
 from engine.layers.quantised_weights import (
     EightBitWeight,
@@ -55,7 +56,11 @@ def eight_bit_parts(num_rows: int, num_columns: int) -> tuple[torch.Tensor, torc
 def eight_bit_weight(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> EightBitWeight:
-    chunks = zip(codes.split(41), scales.split(41), strict=True)
+    parts = zip(codes.split(41), scales.split(41), strict=True)
+    chunks = [
+        QuantisedCodes(8, 32, (part ^ -128).view(torch.uint8), factors, factors * -128.0)
+        for part, factors in parts
+    ]
     return EightBitWeight(*codes.shape, chunks, dtype)
 
 

@@ -158,7 +158,6 @@ def test_missing_key_is_named(key: str) -> None:
     ("changes", "named"),
     [
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config={'quant_method'"),
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"vocab_size": 1.5}, "vocab_size=1.5"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,9 @@ class Linear:
     checkpoint below each other (q, k and v; gate and up): one product reads them all, and
     `named_weights` shows each as a view of its own for the loader to fill.
 
+    The weight is allocated when it is first asked for: a layer that is replaced by a quantised one
+    never takes memory.
+
     Callers know `named_weights`, `finish_loading` and the call; whoever stores weights in another
     form (quantised, with adapters) offers these three.
 
@@ -40,6 +44,8 @@ class Linear:
         batch_invariant: On a GPU use the kernel whose rows do not depend on their neighbours.
     """
 
+    weight: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -52,10 +58,17 @@ class Linear:
     ) -> None:
         self.parts = dict(parts)
         out_features = sum(parts.values())
-        self.weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self._allocate = partial(torch.empty, out_features, in_features, device=device, dtype=dtype)
         self.bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.uses_plain_product = device.type != "cpu" and not batch_invariant
         self.packed: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        # Only asked for what is not there: `weight`, once.
+        if name != "weight" or "_allocate" not in self.__dict__:
+            raise AttributeError(name)
+        self.weight = self._allocate()
+        return self.weight
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """("q_proj.weight", view [rows, in_features]), … to be filled before `finish_loading`."""

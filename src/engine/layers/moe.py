@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from engine.kernels.moe_reference import (
 )
 from engine.layers.linear import Linear, can_pack, packed_linear
 from engine.layers.mlp import GatedMLP
+from engine.layers.quantised_linear import Product, StepRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ class MixtureOfExperts:
             always compute a row by itself.
     """
 
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
     def __init__(
         self,
         hidden_size: int,
@@ -103,7 +108,11 @@ class MixtureOfExperts:
         self.choice_bias = None
         if config.has_choice_bias:
             self.choice_bias = torch.empty(num, device=device, dtype=torch.float32)
-        self.gate_up, self.down = empty(num, 2 * width, hidden_size), empty(num, hidden_size, width)
+        # Allocated when they are asked for: quantised experts need no plain ones.
+        self._allocate = {
+            "gate_up": partial(empty, num, 2 * width, hidden_size),
+            "down": partial(empty, num, hidden_size, width),
+        }
         self.gate_up_bias = empty(num, 2 * width) if config.expert_bias else None
         self.down_bias = empty(num, hidden_size) if config.expert_bias else None
         self.shared = self.shared_gate = None
@@ -120,6 +129,27 @@ class MixtureOfExperts:
             if config.gates_shared:
                 self.shared_gate = linear({"shared_expert_gate": 1}, dtype)
         self._packed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._products: Sequence[tuple[Product, Product]] = ()
+        self._rows = StepRows()
+
+    def use_products(self, products: Sequence[tuple[Product, Product]], rows: StepRows) -> None:
+        """Compute with quantised weights instead of the layer's own; call before loading.
+
+        Args:
+            products: (gate above up, down) of each expert.
+            rows: Which rows of the running step decode.
+        """
+        self._products, self._rows = products, rows
+        self._allocate.clear()
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        # Only asked for what is not there.
+        allocate = self.__dict__.get("_allocate", {}).get(name)
+        if allocate is None:
+            raise AttributeError(name)
+        weight: torch.Tensor = allocate()
+        setattr(self, name, weight)
+        return weight
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views under the checkpoint's names; first all gates and ups, then all downs."""
@@ -127,12 +157,16 @@ class MixtureOfExperts:
         if self.choice_bias is not None:
             yield "gate.e_score_correction_bias", self.choice_bias
         width = self.config.intermediate_size
-        for kind, both in (("weight", self.gate_up), ("bias", self.gate_up_bias)):
+        has_own = not self._products
+        for kind, both in (
+            ("weight", self.gate_up if has_own else None),
+            ("bias", self.gate_up_bias),
+        ):
             for expert in range(0 if both is None else self.config.num_experts):
                 assert both is not None
                 yield f"experts.{expert}.gate_proj.{kind}", both[expert, :width]
                 yield f"experts.{expert}.up_proj.{kind}", both[expert, width:]
-        for kind, down in (("weight", self.down), ("bias", self.down_bias)):
+        for kind, down in (("weight", self.down if has_own else None), ("bias", self.down_bias)):
             for expert in range(0 if down is None else self.config.num_experts):
                 assert down is not None
                 yield f"experts.{expert}.down_proj.{kind}", down[expert]
@@ -149,7 +183,7 @@ class MixtureOfExperts:
             self.shared.finish_loading()
         if self.shared_gate is not None:
             self.shared_gate.finish_loading()
-        if can_pack(self.gate_up):
+        if not self._products and can_pack(self.gate_up):
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self._packed = [
                 (reorder(gate_up, None), reorder(down, None))
@@ -162,7 +196,9 @@ class MixtureOfExperts:
         config = self.config
         logits = self.router(x.float() if config.router_in_float32 else x)  # [T, E]
         weights, experts = dispatch.moe_route(logits, self.choice_bias, config.routing)
-        if self._packed:
+        if self._products:
+            y = self._with_products(x, weights, experts)
+        elif self._packed:
             y = sum_of_experts(
                 x, weights, experts, self._packed_expert, scales_input=config.scales_input
             )
@@ -186,6 +222,28 @@ class MixtureOfExperts:
         if self.shared_gate is not None:
             shared *= sigmoid_by_row(self.shared_gate(x))
         return y.add_(shared)
+
+    def _with_products(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    ) -> torch.Tensor:
+        # Rows of one expert stand in the order of their tokens: those that decode come first.
+        decoding = experts[: self._rows.num_decodes].flatten().long()
+        num_decodes = decoding.bincount(minlength=self.config.num_experts).tolist()
+
+        def one_expert(expert: int, rows: torch.Tensor) -> torch.Tensor:
+            gate_up, down = self._products[expert]
+            both = gate_up(rows, num_decodes[expert])
+            if self.gate_up_bias is not None:
+                both += self.gate_up_bias[expert]
+            active = expert_activation(
+                both, self.config.activation, self.config.swiglu_limit, self.config.swiglu_alpha
+            )
+            y = down(active, num_decodes[expert])
+            return y if self.down_bias is None else y.add_(self.down_bias[expert])
+
+        return sum_of_experts(
+            x, weights, experts, one_expert, scales_input=self.config.scales_input
+        )
 
     def _packed_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         config = self.config

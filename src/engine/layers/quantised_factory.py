@@ -33,6 +33,9 @@ class StoredWeight(Protocol):
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
 
+    def first_row(self) -> QuantisedWeight:
+        """Row 0 on the CPU, by which a factory sees what kind of codes there are."""
+
     def read(self, device: torch.device) -> QuantisedWeight:
         """The whole weight, unpacked on `device`, to which the file's own bytes are copied."""
 
@@ -44,11 +47,18 @@ class StoredWeight(Protocol):
 
 
 class QuantisedFactory(Protocol):
-    """Makes the layers of one device. Every method may refuse with None: the weight is expanded."""
+    """Makes the layers of one device.
+
+    What it does not take (None for the number of bytes) is expanded and becomes an ordinary layer.
+    The others are asked for only where it said yes.
+    """
+
+    def num_bytes(self, parts: Sequence[StoredWeight], *, is_output: bool) -> int | None:
+        """Memory of what `linear` makes of these parts; nothing is read for it."""
 
     def linear(
         self, parts: Sequence[StoredWeight], bias: torch.Tensor | None, *, is_output: bool
-    ) -> Linear | None:
+    ) -> Linear:
         """A loaded layer for weights of equal K that stand below each other (q, k and v).
 
         Args:
@@ -57,19 +67,25 @@ class QuantisedFactory(Protocol):
             is_output: The projection to the logits: float32 results, and all rows are decoding.
         """
 
-    def embedding(self, stored: StoredWeight, scale: torch.Tensor | None) -> Embedding | None:
+    def embedding_bytes(self, stored: StoredWeight) -> int | None:
+        """Memory of what `embedding` makes of it."""
+
+    def embedding(self, stored: StoredWeight, scale: torch.Tensor | None) -> Embedding:
         """A loaded lookup of rows; `scale` as in `Embedding`."""
+
+    def expert_bytes(self, parts: Sequence[StoredWeight]) -> int | None:
+        """Memory of one expert's product in `experts`."""
 
     def experts(
         self,
         layer: MixtureOfExperts,
         gate_up: Sequence[Sequence[StoredWeight]],
         down: Sequence[StoredWeight],
-    ) -> bool:
-        """Put the experts' weights into `layer` in place of its own; False to refuse.
+    ) -> None:
+        """Put the experts' weights into `layer` in place of its own.
 
         Args:
-            layer: Has its biases already, or will be given them.
+            layer: Its biases, router and shared feed-forward are loaded separately.
             gate_up: Of each expert, what stands below each other: gate rows, then up rows.
             down: Of each expert.
         """

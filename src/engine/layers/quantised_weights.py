@@ -3,8 +3,9 @@
 One object owns a weight's codes and scales and multiplies with them. Both kinds compute a row by
 itself, so that its bits depend neither on the rows beside it nor on the number of threads.
 
-`FourBitWeight`, `w = (code - 8) scale + zero` with one scale and zero for 32 columns, as GGUF's
-Q4_0 and Q4_1 have it. Only the scales are rounded, to bfloat16.
+`FourBitWeight`, `w = (code - 8) scale + zero` with one scale and zero for 32 to 256 columns: codes
+of up to 4 bits as GGUF, GPTQ, AWQ and compressed-tensors have them. Only the scales are rounded, to
+bfloat16.
 
 - *Decoding rows* take torch's int4 product: weights are expanded in registers, sums are float32 in
   the order of the columns, for each row alike. It reads a quarter of bfloat16's bytes, and its time
@@ -18,11 +19,13 @@ Q4_0 and Q4_1 have it. Only the scales are rounded, to bfloat16.
 Which rows decode is the scheduler's choice (one token of a sequence in a step), as it is for the
 attention, and for the same reason: a choice by the number of rows would let neighbours in.
 
-`EightBitWeight`, Q8_0, has one scale per output row instead of one per 32 columns: the codes are
-rounded to 8 bits once more. Rows of x become 16-bit integers with one scale each, taken apart into
-two bytes, so that oneDNN's product of bytes is exact in int32, and no order of summation matters.
-Rows of x in 8 bits would be twice as fast, and too coarse: in all layers of the demo model they
-cost a mean KL of 0.016 nats (asymmetric; 0.033 symmetric), where 16 bits cost nothing measurable.
+`EightBitWeight`, for all other kinds, has one scale per output row: codes with scales of their own
+for groups of columns, float8, and codes with a table are rounded to 8 bits once more. Codes that
+have one scale a row already stay as they are. Rows of x become 16-bit integers with one scale each,
+taken apart into two bytes, so that oneDNN's product of bytes is exact in int32, and no order of
+summation matters. Rows of x in 8 bits would be twice as fast, and too coarse: in all layers of the
+demo model they cost a mean KL of 0.016 nats (asymmetric; 0.033 symmetric), where 16 bits cost
+nothing measurable.
 """
 
 from __future__ import annotations
@@ -35,11 +38,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.layers.quantised_codes import QuantisedCodes
+from engine.layers.quantised_eight import QuantisedEight
 from engine.layers.row_sizes import in_parts, rows_of_next_part
 
-GROUP_COLUMNS = 32
-"""Columns that share a scale."""
-_PANEL_ROWS = 64
+_GROUPS = (256, 128, 64, 32)
+"""Columns that share a scale in torch's int4 product."""
+PANEL_ROWS = 64
 """Rows of the weight that torch's int4 layout keeps together on AVX-512."""
 
 _PROMPT_ROWS = (16, 32, 64, 128, 256, 512)
@@ -78,8 +83,8 @@ class FourBitWeight:
 
     Args:
         codes: [N, K] uint8 in 0…15. N is a multiple of 64.
-        scales: [N, K / 32] float32.
-        minima: [N, K / 32] float32, the value of code 0.
+        scales: [N, G] float32; K / G is a multiple of 32.
+        minima: [N, G] float32, the value of code 0.
         room: Where weights are expanded for prompts; may be shared.
     """
 
@@ -88,15 +93,26 @@ class FourBitWeight:
     ) -> None:
         self.shape = (codes.shape[0], codes.shape[1])
         self._packed = _pack_four_bits(codes)
+        columns_of_scale = codes.shape[1] // scales.shape[1]
+        self._group = next(size for size in _GROUPS if columns_of_scale % size == 0)
+        if self._group < columns_of_scale:
+            scales = scales.repeat_interleave(columns_of_scale // self._group, 1)
+            minima = minima.repeat_interleave(columns_of_scale // self._group, 1)
         zeros = torch.add(minima, scales, alpha=8.0)
-        # [K / 32, N, 2]
+        # [K / group, N, 2]
         self._scales_and_zeros = torch.stack((scales.T, zeros.T), -1).to(torch.bfloat16)
         self._room = room
 
     @staticmethod
-    def accepts(num_rows: int, num_columns: int) -> bool:
-        """Whether the product takes a weight of this shape."""
-        return num_rows % _PANEL_ROWS == 0 and num_columns % GROUP_COLUMNS == 0
+    def accepts(num_rows: int, columns_of_scale: int) -> bool:
+        """Whether the product takes a weight of so many rows, with a scale for so many columns."""
+        return num_rows % PANEL_ROWS == 0 and columns_of_scale % _GROUPS[-1] == 0
+
+    @staticmethod
+    def num_bytes(shape: tuple[int, int], columns_of_scale: int) -> int:
+        """Memory of such a weight."""
+        group = next(size for size in _GROUPS if columns_of_scale % size == 0)
+        return shape[0] * shape[1] // 2 + shape[0] * shape[1] // group * 4
 
     def __call__(self, x: torch.Tensor, num_decodes: int) -> torch.Tensor:
         """Product with x [M, K] bfloat16, contiguous, whose first rows decode: new [M, N]."""
@@ -111,9 +127,7 @@ class FourBitWeight:
 
     def of_decoding(self, x: torch.Tensor) -> torch.Tensor:
         """Product with x [M, K] bfloat16, contiguous: new [M, N] bfloat16."""
-        product: torch.Tensor = _int4_product(
-            x, self._packed, GROUP_COLUMNS, self._scales_and_zeros
-        )
+        product: torch.Tensor = _int4_product(x, self._packed, self._group, self._scales_and_zeros)
         return product
 
     def of_prompts(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -136,16 +150,16 @@ class FourBitWeight:
         """[K, N] bfloat16 in the shared room, valid until the next weight is expanded."""
         num_rows, num_columns = self.shape
         half, weight = self._room.take(num_rows * num_columns)
-        packed = self._packed.view(num_rows // _PANEL_ROWS, num_columns, _PANEL_ROWS // 2)
+        packed = self._packed.view(num_rows // PANEL_ROWS, num_columns, PANEL_ROWS // 2)
         half = half.view(packed.shape)
-        panels = weight.view(num_columns, num_rows // _PANEL_ROWS, 2, _PANEL_ROWS // 2)
+        panels = weight.view(num_columns, num_rows // PANEL_ROWS, 2, PANEL_ROWS // 2)
         torch.bitwise_and(packed, 15, out=half)
         panels[:, :, 0].copy_(half.transpose(0, 1))
         torch.bitwise_right_shift(packed, 4, out=half)
         panels[:, :, 1].copy_(half.transpose(0, 1))
         scales, zeros = self._scales_and_zeros.unbind(-1)
         minima = torch.add(zeros.float(), scales.float(), alpha=-8.0).to(torch.bfloat16)
-        groups = weight.view(-1, GROUP_COLUMNS, num_rows)
+        groups = weight.view(-1, self._group, num_rows)
         torch.addcmul(minima[:, None], groups, scales.contiguous()[:, None], out=groups)
         return weight.view(num_columns, num_rows)
 
@@ -156,8 +170,8 @@ class EightBitWeight:
     Args:
         num_rows: N.
         num_columns: K.
-        chunks: Rows from top to bottom, each (codes [n, K] int8, scales [n, K / 32] float32). In
-            small parts, since what a large allocation leaves behind is not given back.
+        chunks: Rows from top to bottom. In small parts, since what a large allocation leaves behind
+            is not given back.
         out_dtype: Of the products.
     """
 
@@ -165,7 +179,7 @@ class EightBitWeight:
         self,
         num_rows: int,
         num_columns: int,
-        chunks: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        chunks: Iterable[QuantisedCodes | QuantisedEight],
         out_dtype: torch.dtype,
     ) -> None:
         self.shape = (num_rows, num_columns)
@@ -174,9 +188,9 @@ class EightBitWeight:
         room = mmap.mmap(-1, num_rows * num_columns)
         rounded = torch.frombuffer(room, dtype=torch.int8).view(num_rows, num_columns)
         start = 0
-        for codes, scales in chunks:
-            rows = slice(start, start + codes.shape[0])
-            self.row_scales[rows] = _round_to_rows(codes, scales, rounded[rows])
+        for chunk in chunks:
+            rows = slice(start, start + chunk.shape[0])
+            self.row_scales[rows] = _round_to_rows(chunk, rounded[rows])
             start = rows.stop
         assert start == num_rows, "the chunks are not the weight's rows"
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_EIGHT_BIT_ROWS[0], num_columns])
@@ -204,15 +218,29 @@ class EightBitWeight:
         return product if self._out_dtype == torch.float32 else product.to(self._out_dtype)
 
 
-def _round_to_rows(
-    codes: torch.Tensor, scales: torch.Tensor, rounded: torch.Tensor
-) -> torch.Tensor:
-    """Write `codes` [n, K] under one scale per row to `rounded`; these scales, new [n]."""
-    blocks = codes.view(-1, scales.shape[1], GROUP_COLUMNS).float()
-    values = blocks.mul_(scales[..., None]).flatten(1)
+def _round_to_rows(chunk: QuantisedCodes | QuantisedEight, rounded: torch.Tensor) -> torch.Tensor:
+    """Write a chunk under one scale per row to `rounded` [n, K] int8; these scales, new [n]."""
+    num_columns = rounded.shape[1]
+    if isinstance(chunk, QuantisedEight):
+        if chunk.values.dtype == torch.int8 and chunk.tile[1] >= num_columns:
+            rounded.copy_(chunk.values)
+            return chunk.with_row_scales().scales[:, 0]
+    elif _is_signed_bytes(chunk, num_columns):
+        rounded.copy_((chunk.codes ^ _HALF_BYTE).view(torch.int8))
+        return chunk.scales[:, 0]
+    values = chunk.expand()
     row_scales = values.abs().amax(-1).clamp_(min=1e-30).div_(_MAX_CODE)
     rounded.copy_(values.div_(row_scales[:, None]).round_())
     return row_scales
+
+
+def _is_signed_bytes(chunk: QuantisedCodes, num_columns: int) -> bool:
+    """Whether codes are 8-bit integers around 128 with one scale a row."""
+    if chunk.bits != 8 or chunk.group != num_columns or chunk.minima is None:
+        return False
+    if chunk.table is not None or chunk.columns is not None:
+        return False
+    return torch.equal(chunk.minima, chunk.scales * -float(_HALF_BYTE))
 
 
 def _byte_product(
@@ -229,7 +257,7 @@ def _byte_product(
 def _pack_four_bits(codes: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] in torch's int4 layout: panels of 64 rows, column by column."""
     num_rows, num_columns = codes.shape
-    panels = codes.view(-1, 2, _PANEL_ROWS // 2, num_columns)
+    panels = codes.view(-1, 2, PANEL_ROWS // 2, num_columns)
     bytes_of_pairs = panels[:, 1].bitwise_left_shift(4).bitwise_or_(panels[:, 0])
     return bytes_of_pairs.transpose(1, 2).contiguous().view(num_rows, num_columns // 2)
 
@@ -239,7 +267,7 @@ def has_four_bit_product() -> bool:
     """Whether torch has its int4 product here, in the layout of `_pack_four_bits`."""
     if _int4_pack is None or _int4_product is None:
         return False
-    codes = torch.arange(_PANEL_ROWS * GROUP_COLUMNS).view(_PANEL_ROWS, -1).remainder_(15)
+    codes = torch.arange(PANEL_ROWS * _GROUPS[-1]).view(PANEL_ROWS, -1).remainder_(15)
     return _works(lambda: torch.equal(
         _int4_pack(codes.to(torch.int32), 1), _pack_four_bits(codes.to(torch.uint8))
     ))  # fmt: skip
@@ -253,11 +281,12 @@ def has_eight_bit_product() -> bool:
         return False
 
     def agrees() -> bool:
-        codes = torch.full((64, GROUP_COLUMNS), _MAX_CODE, dtype=torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(codes, [1, GROUP_COLUMNS])
-        x = torch.full((2, GROUP_COLUMNS), 255, dtype=torch.uint8)
+        num_columns = 32
+        codes = torch.full((64, num_columns), _MAX_CODE, dtype=torch.int8)
+        packed = torch.ops.onednn.qlinear_prepack(codes, [1, num_columns])
+        x = torch.full((2, num_columns), 255, dtype=torch.uint8)
         sums = _byte_product(x, packed, torch.ones(64), torch.zeros(64, dtype=torch.int64))
-        return bool((sums == float(GROUP_COLUMNS * _MAX_CODE * _MAX_CODE)).all())
+        return bool((sums == float(num_columns * _MAX_CODE * _MAX_CODE)).all())
 
     return _works(agrees)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError, UnsupportedModelError, nearest_name_hint
 from engine.loader.folder import INDEX_FILE, SINGLE_FILE, read_weight_map
-from engine.loader.gguf_blocks import BITS_OF_TYPE, QuantisedMatrix
+from engine.loader.gguf_blocks import BITS_OF_TYPE, GGUFMatrix
 from engine.loader.gguf_config import GGUFKeys, gguf_architecture
 from engine.loader.gguf_names import (
     StoredTensor,
@@ -24,6 +24,7 @@ from engine.loader.gguf_names import (
     interleaved_view,
     num_interleaved_heads,
 )
+from engine.loader.quantisation_config import read_quantisation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from engine.loader.gguf_file import GGUFFile
     from engine.loader.resolve import ModelFiles
+    from engine.loader.stored_rows import StoredRows
 
 DUMMY_STD: Final = 0.02
 """Of random weights: transformers' usual `initializer_range`, small enough not to overflow."""
@@ -59,8 +61,12 @@ class Checkpoint(abc.ABC):
             UnsupportedModelError: It is stored in an encoding that is not loaded.
         """
 
-    def quantised(self, name: str) -> QuantisedMatrix | None:
-        """The matrix of that name as it is stored, if that is in blocks of 32 codes; else None."""
+    def quantised(self, name: str) -> StoredRows | None:
+        """The matrix of that name in its codes, if it is stored so; else None."""
+        return None
+
+    def quantised_stack(self, name: str) -> Sequence[StoredRows] | None:
+        """Each expert's matrix of a tensor that holds all of them in codes; else None."""
         return None
 
     @abc.abstractmethod
@@ -88,14 +94,21 @@ def open_checkpoint(files: ModelFiles, *, load_format: str = "auto", seed: int =
         seed: Of the dummy weights.
 
     Raises:
-        CheckpointError: A file is damaged, or the files contradict each other.
-        UnsupportedModelError: A GGUF file has tensors without a known meaning.
+        CheckpointError: A file is damaged, or the files contradict each other or the config.
+        UnsupportedModelError: A GGUF file has tensors without a known meaning, or the weights are
+            quantised in a way that is not known.
     """
     if load_format == "dummy":
         return DummyCheckpoint(seed)
     if files.gguf is not None:
         return GGUFCheckpoint(files.gguf, files.config)
-    return SafetensorsCheckpoint(files.weight_files)
+    quantisation = read_quantisation(files.config)
+    source = SafetensorsCheckpoint(files.weight_files)
+    if quantisation is None:
+        return source
+    from engine.loader.quantised_checkpoint import QuantisedCheckpoint
+
+    return QuantisedCheckpoint(source, quantisation)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -126,22 +139,37 @@ class SafetensorsCheckpoint(Checkpoint):
         """Copy a tensor into `out`; see `Checkpoint.read_into`."""
         file = self._files.get(name)
         if file is None:
-            _no_tensor(name, self._shapes, next(iter(self._paths.values())).parent)
+            _no_tensor(name, self._shapes, self.folder)
         path = self._paths[file]
-        _check_shape(name, self._shapes[name], out, path)
-        handle = self._handles.get(file)
-        if handle is None:
-            msg = f"{path} was closed; tensor {name!r} cannot be read any more."
-            raise CheckpointError(msg)
-        stored_type = handle.get_slice(name).get_dtype()
+        check_shape(name, self._shapes[name], out, path)
+        stored_type = self.stored_type(name)
         if stored_type not in _FLOAT_TYPES:
             msg = (
-                f"{path}: tensor {name!r} is stored as {stored_type}; quantised safetensors "
-                "checkpoints are not supported. Use the unquantised model, or a GGUF file."
+                f"{path}: tensor {name!r} is stored as {stored_type}, but config.json has no "
+                "quantization_config that says what its numbers mean. Restore it, use the "
+                "unquantised model, or a GGUF file."
             )
             raise UnsupportedModelError(msg)
         with torch.no_grad():
-            out.copy_(handle.get_tensor(name))
+            out.copy_(self.tensor(name))
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return next(iter(self._paths.values())).parent
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor that is there, as it is stored: a view of its mapped file, which it keeps.
+
+        Raises:
+            CheckpointError: The file was closed.
+        """
+        tensor: torch.Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def stored_type(self, name: str) -> str:
+        """How a tensor is stored, as the format spells it ("BF16", "I32", "F8_E4M3")."""
+        return str(self._handle(name).get_slice(name).get_dtype())
 
     def stored_dtype(self) -> str | None:
         """The dtype of the first tensor of numbers, as torch spells it; None without one."""
@@ -154,6 +182,14 @@ class SafetensorsCheckpoint(Checkpoint):
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()
+
+    def _handle(self, name: str) -> Any:
+        file = self._files[name]
+        handle = self._handles.get(file)
+        if handle is None:
+            msg = f"{self._paths[file]} was closed; tensor {name!r} cannot be read any more."
+            raise CheckpointError(msg)
+        return handle
 
     def _tensor_files(self, index: Path) -> dict[str, str]:
         """Tensor name -> name of the file it is read from."""
@@ -209,7 +245,7 @@ class GGUFCheckpoint(Checkpoint):
         stored = self._stored.get(name)
         if stored is None:
             _no_tensor(name, self._shapes, self._file.path)
-        _check_shape(name, self._shapes[name], out, self._file.path)
+        check_shape(name, self._shapes[name], out, self._file.path)
         if self._is_closed:
             msg = f"{self._file.path} was closed; tensor {name!r} cannot be read any more."
             raise CheckpointError(msg)
@@ -221,16 +257,18 @@ class GGUFCheckpoint(Checkpoint):
                 # Stored as 1 + weight.
                 out -= self._architecture.norm_offset
 
-    def quantised(self, name: str) -> QuantisedMatrix | None:
-        """A Q4_0, Q4_1 or Q8_0 matrix in its blocks; None for other tensors."""
+    def quantised(self, name: str) -> GGUFMatrix | None:
+        """A matrix in its blocks; None for tensors of plain numbers and of types without codes."""
         stored = self._stored.get(name)
-        if stored is None or stored.expert is not None or len(self._shapes[name]) != 2:
+        if stored is None or len(self._shapes[name]) != 2:
             return None
         type_name = self._file.tensors[stored.name].ggml_type.name
         if type_name not in BITS_OF_TYPE:
             return None
-        num_heads = self._num_interleaved_heads(stored.name)
-        return QuantisedMatrix(self._file.raw(stored.name), type_name, num_heads)
+        raw = self._file.raw(stored.name)
+        if stored.expert is not None:
+            raw = raw[stored.expert]
+        return GGUFMatrix(raw, type_name, self._num_interleaved_heads(stored.name))
 
     def close(self) -> None:
         """Read nothing more. The file stays open: tokenizer and embedding may still need it."""
@@ -289,7 +327,12 @@ def _open_safetensors(path: Path) -> Any:
         raise CheckpointError(msg) from error
 
 
-def _check_shape(name: str, found: tuple[int, ...], out: torch.Tensor, path: Path) -> None:
+def check_shape(name: str, found: tuple[int, ...], out: torch.Tensor, path: Path) -> None:
+    """Refuse to read a tensor into a place of another shape.
+
+    Raises:
+        CheckpointError: With both.
+    """
     if tuple(out.shape) != found:
         msg = f"{path}: tensor {name!r} has shape {found}, expected {tuple(out.shape)}."
         raise CheckpointError(msg)

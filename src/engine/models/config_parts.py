@@ -49,8 +49,6 @@ def llama_like(
     Raises:
         UnsupportedModelError: A key is missing, holds nonsense, or asks for something unsupported.
     """
-    if config.get("quantization_config") is not None:
-        raise config.error("quantization_config", "is not supported; use unquantised weights")
     hidden_size = config.size("hidden_size")
     num_layers = config.size("num_hidden_layers")
     num_q_heads = config.size("num_attention_heads")

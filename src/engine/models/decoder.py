@@ -29,11 +29,12 @@ from engine.layers.linear import Linear, TiedLinear, can_pack
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.norm_kinds import NoNorm, Norm
+from engine.layers.quantised_factory import QuantisedFactory
 from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
 from engine.models.layer_parts import PartOptions, make_attention, make_feed_forward, make_norm
-from engine.models.quantised_loading import QuantisedSource, load_quantised
+from engine.models.quantised_loading import load_quantised
 from engine.models.weight_loading import WeightSource, load_weights
 
 if TYPE_CHECKING:
@@ -261,27 +262,30 @@ class Decoder:
             yield from weights
 
     @torch.inference_mode()
-    def load(self, checkpoint: WeightSource, quantised: QuantisedSource | None = None) -> None:
+    def load(self, checkpoint: WeightSource, factory: QuantisedFactory | None = None) -> None:
         """Fill every weight straight into its final place; call once.
 
         Args:
             checkpoint: Has every weight.
-            quantised: The checkpoint again, where its quantised weights are to stay as they are
-                (see `quantised_loading`); those of other kinds and shapes are expanded as without.
+            factory: Makes layers of weights that the checkpoint has in codes, which are expanded
+                without one (see `quantised_loading`).
 
         Rotary buffers of old checkpoints and an `lm_head.weight` beside tied embeddings are left
         unread. Checkpoints of the bare model, without the `model.` prefix, are accepted.
 
         Raises:
             CheckpointError: Tensors are missing, unknown or of the wrong shape; nothing was read.
+            UnsupportedModelError: The family does not take weights in codes.
         """
-        family = load_weights(self, checkpoint)
+        family = load_weights(shapes_of(self.config), checkpoint)
         loaded: set[str] = set()
-        if quantised is not None and self.config.weight_names == "llama":
-            loaded = load_quantised(self, quantised, family.prefix, self.step_rows)
+        if factory is not None:
+            loaded = load_quantised(self, family, factory)
+            # Those read the weights of plain layers.
+            self._max_fused_tokens = self._max_weighed_tokens = 0
         for group, weights in self._groups():
             for name, view in weights:
-                if name.removeprefix("model.") not in loaded:
+                if name not in loaded:
                     family.read_into(name, view)
             if isinstance(group, DecoderLayer | Linear):
                 group.finish_loading()
@@ -415,10 +419,14 @@ def can_fuse(config: DecoderConfig, dtype: torch.dtype) -> bool:
     return is_plain and dtype.itemsize == 2
 
 
+def shapes_of(config: DecoderConfig) -> Decoder:
+    """A decoder that has shapes and no memory."""
+    return Decoder(config, torch.device("meta"), torch.float32, max_model_len=1)
+
+
 def num_parameters(config: DecoderConfig) -> int:
     """Numbers in the checkpoint, tied ones once, known before anything is allocated."""
-    model = Decoder(config, torch.device("meta"), torch.float32, max_model_len=1)
-    return sum(weight.numel() for _, weight in model.named_weights())
+    return sum(weight.numel() for _, weight in shapes_of(config).named_weights())
 
 
 def weight_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:

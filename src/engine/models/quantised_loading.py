@@ -1,178 +1,151 @@
-"""Put the weights that a checkpoint has in blocks into a `Decoder` without expanding them."""
+"""Put the weights that a checkpoint has in codes into a `Decoder` without expanding them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from engine.layers.mlp import GatedMLP
-from engine.layers.quantised_linear import QuantisedEmbedding, QuantisedLinear, StepRows
-from engine.layers.quantised_weights import (
-    EightBitWeight,
-    ExpansionRoom,
-    FourBitWeight,
-    has_eight_bit_product,
-    has_four_bit_product,
-)
-from engine.models.description import DecoderConfig
+from engine.layers.cpu_quantised import CPUFactory, has_quick_products
+from engine.layers.linear import Linear
+from engine.layers.quantised_linear import StepRows
+from engine.models.quantised_plan import QuantisedPlan
+from engine.models.weight_loading import FamilyCheckpoint, WeightSource, load_weights
 
 if TYPE_CHECKING:
-    from engine.layers.linear import Linear
+    from engine.layers.quantised_factory import QuantisedFactory
     from engine.models.decoder import Decoder
 
-
-class QuantisedRows(Protocol):
-    """Rows of a quantised matrix: `codes * scales + minima`, one scale for 32 columns."""
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """[N, K] uint8 in 0…15, or int8."""
-
-    @property
-    def scales(self) -> torch.Tensor:
-        """[N, K / 32] float32."""
-
-    @property
-    def minima(self) -> torch.Tensor:
-        """[N, K / 32] float32; zeros for 8 bits."""
-
-    def expand(self) -> torch.Tensor:
-        """The numbers, new [N, K] float32."""
+logger = logging.getLogger(__name__)
 
 
-class QuantisedMatrix(Protocol):
-    """A quantised matrix in its file."""
+def make_factory(
+    device: torch.device, dtype: torch.dtype, rows: StepRows, *, saves_memory: bool = False
+) -> QuantisedFactory | None:
+    """What makes quantised layers for a device; None where all weights are expanded.
 
-    @property
-    def bits(self) -> int:
-        """Of a code: 4 or 8."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-
-    def read(self) -> QuantisedRows:
-        """All rows."""
-
-    def chunks(self) -> Iterator[QuantisedRows]:
-        """All rows, a part at a time."""
-
-    def take(self, rows: torch.Tensor) -> QuantisedRows:
-        """Some rows, by number [R] int64."""
-
-
-class QuantisedSource(Protocol):
-    """A checkpoint with quantised matrices."""
-
-    def quantised(self, name: str) -> QuantisedMatrix | None:
-        """The matrix of that name if it is quantised in blocks of 32, else None."""
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """As in `WeightSource`."""
-
-
-def takes_quantised(config: object) -> bool:
-    """Whether a model has a place for quantised weights, given its config.
-
-    Not yet for experts, nor for weights that a family merges in its own way: they are expanded.
+    Args:
+        device: Of the model.
+        dtype: Of its activations.
+        rows: Where the decoder's forward says which rows decode.
+        saves_memory: Prefer small weights to quick products, where there is a choice.
     """
-    if not isinstance(config, DecoderConfig):
+    if device.type == "cpu":
+        return CPUFactory(dtype, rows, saves_memory=saves_memory)
+    return None
+
+
+def runs_in_codes(device: torch.device, dtype: torch.dtype, *, is_needed: bool) -> bool:
+    """Whether weights in codes stay in codes on a device.
+
+    Args:
+        device: Of the model.
+        dtype: Of its activations.
+        is_needed: Whether products that are slower than expanded weights are welcome all the same,
+            because the weights may not fit otherwise.
+    """
+    if device.type != "cpu":
         return False
-    return config.weight_names == "llama" and not any(config.experts)
+    return is_needed or has_quick_products(dtype)
 
 
-def can_run_quantised() -> bool:
-    """Whether this machine has the products for quantised weights."""
-    return has_four_bit_product() and has_eight_bit_product()
+@dataclass(frozen=True, slots=True)
+class CodesPlan:
+    """Weights in codes that are not loaded yet.
+
+    Attributes:
+        num_bytes: Memory that all weights of the model will take.
+        factory: Where the forward says which rows decode -> what makes the layers.
+    """
+
+    num_bytes: int
+    factory: Callable[[StepRows], QuantisedFactory | None]
+
+
+def plan_codes(
+    shapes: Decoder,
+    checkpoint: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    saves_memory: bool,
+) -> CodesPlan:
+    """What loading a checkpoint in codes will take; nothing is loaded.
+
+    Args:
+        shapes: The model, on the "meta" device.
+        checkpoint: Its weights.
+        device: That will have them.
+        dtype: Of activations, and of weights that are plain numbers.
+        saves_memory: As in `make_factory`.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of the wrong shape.
+        UnsupportedModelError: The family does not take weights in codes.
+    """
+    make = partial(make_factory, device, dtype, saves_memory=saves_memory)
+    factory = make(StepRows())
+    assert factory is not None, "only devices that have one are asked"
+    plan = QuantisedPlan(shapes, load_weights(shapes, checkpoint), factory)
+    return CodesPlan(plan.num_bytes(dtype, device), make)
 
 
 def load_quantised(
-    decoder: Decoder, source: QuantisedSource, prefix: str, rows: StepRows
+    decoder: Decoder, family: FamilyCheckpoint, factory: QuantisedFactory
 ) -> set[str]:
-    """Replace every layer of `decoder` whose weights `source` has in blocks; call before loading.
+    """Replace every layer of `decoder` whose weights are in codes; call before loading the others.
 
-    Several merged weights must all have codes of one size, and the shape must suit the product;
-    what does not stays for `Decoder.load` to expand.
+    What the factory does not take stays for `Decoder.load` to expand, which is said in the log.
 
     Args:
         decoder: Nothing loaded yet.
-        source: The checkpoint.
-        prefix: Of its names: "model." or "".
-        rows: Where the decoder's forward says which rows decode.
+        family: Its checkpoint, checked.
+        factory: Of the decoder's device.
 
     Returns:
-        Names of the weights that need no loading any more, without the checkpoint's prefix.
+        Full names of the weights and biases that need no loading any more.
     """
-    loaded: set[str] = set()
-    room = ExpansionRoom()
-    for owner, attribute, stem in _linears(decoder):
-        linear: Linear = getattr(owner, attribute)
-        names = [stem + name for name in linear.parts]
-        stored = [source.quantised(f"{prefix}{name}.weight") for name in names]
-        weight = _merged_weight(stored, decoder.dtype, room)
-        if weight is None:
-            continue
+    plan = QuantisedPlan(decoder, family, factory)
+    loaded = plan.names
+    for place in plan.linears:
+        linear = cast("Linear", getattr(place.owner, place.attribute))
         if linear.bias is not None:
-            for name, view in linear.named_weights():
-                if name.endswith(".bias"):
-                    source.read_into(f"{prefix}{stem}{name}", view)
-        setattr(owner, attribute, QuantisedLinear(weight, linear.bias, rows))
-        kinds = ("weight",) if linear.bias is None else ("weight", "bias")
-        loaded.update(f"{name}.{kind}" for name in names for kind in kinds)
-    loaded |= _load_ends(decoder, source, prefix, room)
+            start = 0
+            for name, rows in zip(place.names, linear.parts.values(), strict=True):
+                family.read_into(f"{name}.bias", linear.bias[start : start + rows])
+                loaded.add(f"{name}.bias")
+                start += rows
+        quantised = factory.linear(place.stored, linear.bias, is_output=False)
+        setattr(place.owner, place.attribute, quantised)
+    for experts in plan.experts:
+        factory.experts(experts.layer, experts.gate_up, experts.down)
+    if plan.output is not None:
+        bias = decoder.lm_head.bias
+        if bias is not None:
+            family.read_into("lm_head.bias", bias)
+            loaded.add("lm_head.bias")
+        decoder.lm_head = factory.linear([plan.output], bias, is_output=True)
+    if plan.embedding is not None:
+        decoder.embedding = factory.embedding(plan.embedding, decoder.embedding.scale)
+    _warn_of_expanded(decoder, plan)
     return loaded
 
 
-def _linears(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
-    """(owner, attribute, names' stem) of each layer's products."""
-    for index, layer in enumerate(decoder.layers):
-        stem = f"layers.{index}."
-        yield layer.attention, "qkv_proj", f"{stem}self_attn."
-        yield layer.attention, "o_proj", f"{stem}self_attn."
-        if isinstance(layer.mlp, GatedMLP):
-            yield layer.mlp, "gate_up_proj", f"{stem}mlp."
-            yield layer.mlp, "down_proj", f"{stem}mlp."
-
-
-def _load_ends(
-    decoder: Decoder, source: QuantisedSource, prefix: str, room: ExpansionRoom
-) -> set[str]:
-    """Embedding and output projection. A tied pair is replaced together or not at all."""
-    is_tied = decoder.config.tie_word_embeddings
-    embedding = source.quantised(f"{prefix}embed_tokens.weight")
-    output = embedding if is_tied else source.quantised("lm_head.weight")
-    loaded = set()
-    # The logits stay in float32, whatever the model's dtype: rounded they would tie.
-    weight = _merged_weight([output], torch.float32, room)
-    if weight is not None:
-        decoder.lm_head = QuantisedLinear(weight, None, None)
-        loaded.add("lm_head.weight")
-    if embedding is not None and (weight is not None or not is_tied):
-        stored = embedding
-        decoder.embedding = QuantisedEmbedding(
-            lambda ids: stored.take(ids).expand(), decoder.embedding.scale, decoder.dtype
-        )
-        loaded.add("embed_tokens.weight")
-    return loaded
-
-
-def _merged_weight(
-    parts: list[QuantisedMatrix | None], out_dtype: torch.dtype, room: ExpansionRoom
-) -> FourBitWeight | EightBitWeight | None:
-    """One weight of the parts below each other, None where the products do not take them."""
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts) or len({part.bits for part in found}) != 1:
-        return None
-    bits = found[0].bits
-    num_rows = sum(part.shape[0] for part in found)
-    if bits == 4 and not FourBitWeight.accepts(num_rows, found[0].shape[1]):
-        return None
-    if bits == 8:
-        chunks = ((rows.codes, rows.scales) for part in found for rows in part.chunks())
-        return EightBitWeight(num_rows, found[0].shape[1], chunks, out_dtype)
-    blocks = [part.read() for part in found]
-    codes = torch.cat([block.codes for block in blocks])
-    scales = torch.cat([block.scales for block in blocks])
-    return FourBitWeight(codes, scales, torch.cat([block.minima for block in blocks]), room)
+def _warn_of_expanded(decoder: Decoder, plan: QuantisedPlan) -> None:
+    # A table of rows is small beside the layers, and many formats leave it out anyway.
+    expanded = {name: size for name, size in plan.expanded.items() if "embed" not in name}
+    if not expanded:
+        return
+    logger.warning(
+        "%d quantised weights (%s, …) have no quantised product on %s and were expanded to %s: "
+        "%.2f GiB",
+        len(expanded),
+        next(iter(expanded)),
+        decoder.device,
+        decoder.dtype,
+        sum(expanded.values()) * decoder.dtype.itemsize / 2**30,
+    )

@@ -85,7 +85,18 @@ class TextPart:
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """As in `WeightSource`."""
-        self._source.read_into(name if self._whole_names is None else self._whole_names[name], out)
+        self._source.read_into(self._whole(name), out)
+
+    def quantised(self, name: str) -> Any:
+        """As in `QuantisedSource`."""
+        return self._source.quantised(self._whole(name))
+
+    def quantised_stack(self, name: str) -> Any:
+        """As in `QuantisedSource`."""
+        return self._source.quantised_stack(self._whole(name))
+
+    def _whole(self, name: str) -> str:
+        return name if self._whole_names is None else self._whole_names.get(name, name)
 
 
 def _inner_name(name: str) -> str | None:

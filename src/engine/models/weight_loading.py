@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, UnsupportedModelError
+from engine.layers.quantised_factory import StoredWeight
 from engine.models.description import DecoderConfig
 from engine.models.text_part import TextPart
-from engine.models.weight_names import TAKES, WEIGHT_NAMES, Stored, Take
+from engine.models.weight_names import TAKES, WEIGHT_NAMES, Stored, Take, take_of_rows
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -24,6 +25,23 @@ class WeightSource(Protocol):
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Fill `out`, a contiguous view in its final place, converting to its dtype and device."""
+
+
+class StoredRows(StoredWeight, Protocol):
+    """A quantised weight of a checkpoint, whose rows can be given another order."""
+
+    def in_order(self, order: torch.Tensor) -> StoredRows:
+        """The same weight with other rows: row i is this one's row `order[i]`, [N'] int64."""
+
+
+class QuantisedSource(WeightSource, Protocol):
+    """A checkpoint some of whose matrices are stored in codes."""
+
+    def quantised(self, name: str) -> StoredRows | None:
+        """The matrix of that name in its codes; None if it is stored otherwise."""
+
+    def quantised_stack(self, name: str) -> Sequence[StoredRows] | None:
+        """Each expert's matrix of a tensor that holds all of them in codes; None for others."""
 
 
 class FamilyCheckpoint:
@@ -94,6 +112,34 @@ class FamilyCheckpoint:
             self._source.read_into(stored.name, whole)
             self._last = (stored.name, whole)
         out.copy_(take(self._last[1], self._config, expert))
+
+    def quantised(self, name: str) -> StoredRows | None:
+        """The decoder's matrix `name` as it is stored in codes; None where it is not.
+
+        Raises:
+            UnsupportedModelError: The family stores this weight transposed, its codes do not fit.
+        """
+        source = cast("QuantisedSource", self._source)
+        stored, expert = self._place(name)
+        weight = source.quantised(stored.name)
+        if weight is None:
+            stack = source.quantised_stack(stored.name)
+            weight = None if stack is None else stack[expert]
+        if weight is None:
+            return None
+        take = take_of_rows(stored.take)
+        if take is None:
+            msg = (
+                f"{self._config.architecture} stores {stored.name!r} with rows and columns "
+                "exchanged, where quantised weights are not supported. Use plain weights."
+            )
+            raise UnsupportedModelError(msg)
+        rows = torch.arange(weight.shape[0])
+        rope_rows = _rope_rows(name, self._config)
+        chosen = take(rows, self._config, expert)
+        if rope_rows is not None:
+            chosen = rope_rows(chosen)
+        return weight if torch.equal(chosen, rows) else weight.in_order(chosen)
 
     def _place(self, name: str) -> tuple[Stored, int]:
         stored, expert = self._names.stored(name)
@@ -172,7 +218,15 @@ def _rope_rows(name: str, config: DecoderConfig) -> _RopeRows | None:
 
 
 def load_weights(decoder: Decoder, checkpoint: WeightSource) -> FamilyCheckpoint:
-    """The checked checkpoint of a decoder; nothing is read yet."""
+    """The checked checkpoint of a decoder; nothing is read yet.
+
+    Args:
+        decoder: Or one on the "meta" device like it: only shapes are looked at.
+        checkpoint: The files.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of the wrong shape.
+    """
     family = FamilyCheckpoint(checkpoint, decoder.config)
     family.check(decoder.named_weights())
     return family

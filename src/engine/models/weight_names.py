@@ -167,6 +167,25 @@ TAKES: Mapping[str, Take] = {
 }
 
 
+def take_of_rows(name: str) -> Take | None:
+    """What `TAKES[name]` does to the rows of one expert's matrix as its layer has it.
+
+    Quantised weights stand as [out, in] whatever the family does, and experts are apart already.
+    None for matrices that plain checkpoints have as [in, out] outside of experts.
+    """
+    rows = name.removeprefix("of expert").removeprefix(", transposed").removeprefix(", ")
+    if "transposed" in rows:
+        return None
+    return _ROW_TAKES.get(rows) or TAKES[rows]
+
+
+_ROW_TAKES: Mapping[str, Take] = {
+    "": lambda rows, config, _: rows,
+    "even rows": _every_other(0),
+    "odd rows": _every_other(1),
+}
+
+
 def _merged_qkv(name: str, layout: str) -> dict[str, str | Stored]:
     return {f"self_attn.{part}_proj": Stored(name, layout.replace("qkv", part)) for part in "qkv"}
 

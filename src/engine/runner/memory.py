@@ -38,26 +38,44 @@ def available_host_bytes() -> int:
         return 4 << 30
 
 
-def check_weights_fit(weight_bytes: int, device: torch.device, config: EngineConfig) -> None:
+def check_model_fits(
+    weight_bytes: int, kv_bytes: int, device: torch.device, config: EngineConfig
+) -> None:
     """Refuse a model that cannot fit, before anything is loaded.
+
+    Args:
+        weight_bytes: Of the weights as they will stand in memory, quantised or not.
+        kv_bytes: Of the KV cache of one sequence; 0 where there is none.
+        device: Of the model.
+        config: `gpu_memory_utilization`, and the name for the error.
 
     Raises:
         CapacityError: With the numbers.
     """
+    if fits(weight_bytes + kv_bytes, device, config):
+        return
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = min(free, int(total * config.gpu_memory_utilization))
-        what = f"{device} has {describe_bytes(free)} free of {describe_bytes(total)}"
-    else:
-        budget = available_host_bytes()
-        what = f"this machine has {describe_bytes(budget)} free"
-    if weight_bytes > budget:
-        msg = (
-            f"The weights of {config.model!r} need {describe_bytes(weight_bytes)}, but {what} "
-            f"(gpu_memory_utilization={config.gpu_memory_utilization}). Use a smaller model or "
-            "dtype, or free memory first."
+        what = (
+            f"{device} has {describe_bytes(free)} free of {describe_bytes(total)} "
+            f"(gpu_memory_utilization={config.gpu_memory_utilization})"
         )
-        raise CapacityError(msg)
+    else:
+        what = f"this machine has {describe_bytes(available_host_bytes())} free"
+    kv = f" and the KV cache of one sequence {describe_bytes(kv_bytes)}" if kv_bytes else ""
+    msg = (
+        f"The weights of {config.model!r} need {describe_bytes(weight_bytes)} in memory{kv}, but "
+        f"{what}. Use a smaller model, dtype or max_model_len, or free memory first."
+    )
+    raise CapacityError(msg)
+
+
+def fits(num_bytes: int, device: torch.device, config: EngineConfig) -> bool:
+    """Whether so much memory can be had on the device now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return num_bytes <= min(free, int(total * config.gpu_memory_utilization))
+    return num_bytes <= available_host_bytes()
 
 
 def num_kv_blocks(
