@@ -15,8 +15,8 @@ Scales and minima lie columns first, [G, N], so that programs read those of neig
 vector. They are float16, relative to one factor of the weight, a power of two that keeps the
 largest number near 2^14, so that float16 holds the others, too, and scales have 2^20 of range above
 its subnormal numbers: rounding them costs 2^-12 of a weight at most, an eighth of what its bfloat16
-costs. Groups of 1024 columns and more, and e4m3, have float32. Where all minima are the same
-multiple of their scale, as in symmetric formats, none are stored.
+costs. Groups of 1024 columns and more or of a row, and e4m3, have float32. Where all minima are the
+same multiple of their scale, as in symmetric formats, none are stored.
 
 Memory per weight: `bits` + 16 / group, and as much again with minima, in bits.
 """

@@ -74,8 +74,7 @@ def pack_codes(
     zero = 0.0 if minima is None else _common_zero(scales, minima)
     if zero is not None:
         minima = None
-    is_long = codes.group >= _LONG_GROUP or (codes.bits == 8 and exponent_bits)
-    dtype = torch.float32 if is_long else torch.float16
+    dtype = _dtype_of_scales(codes)
     factor = _factor(codes, scales, minima)
     return CodePlanes(
         shape=(num_rows, num_columns),
@@ -93,6 +92,18 @@ def pack_codes(
         rounds_input=rounds_input,
         arrivals=torch.zeros(MOST_TILES_TO_JOIN, dtype=torch.int32, device=device),
     )
+
+
+def packed_bytes(row: QuantisedCodes, num_rows: int) -> int:
+    """Memory of a weight of `num_rows` rows like the one of `row`, packed."""
+    num_columns = row.shape[1]
+    num_bundles = -(-num_columns // BUNDLE)
+    num_factors = -(-num_columns // row.group)
+    if row.minima is not None and _common_zero(row.scales, row.minima) is None:
+        num_factors *= 2
+    bytes_of_row = num_bundles * BUNDLE * row.bits // 8
+    bytes_of_row += num_factors * _dtype_of_scales(row).itemsize
+    return num_rows * bytes_of_row + 4 * MOST_TILES_TO_JOIN
 
 
 def merge_codes(parts: Sequence[QuantisedCodes]) -> QuantisedCodes | None:
@@ -117,6 +128,12 @@ def merge_codes(parts: Sequence[QuantisedCodes]) -> QuantisedCodes | None:
         table=first.table,
         columns=first.columns,
     )
+
+
+def _dtype_of_scales(codes: QuantisedCodes) -> torch.dtype:
+    is_float8 = codes.bits == 8 and _exponent_bits(codes) > 0
+    is_rare = codes.group >= _LONG_GROUP or codes.group == codes.shape[1]
+    return torch.float32 if is_float8 or is_rare else torch.float16
 
 
 def _plane(strips: torch.Tensor, shift: int, bits: int) -> torch.Tensor:
@@ -177,4 +194,5 @@ def _columns_first(values: torch.Tensor, factor: float, dtype: torch.dtype) -> t
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one is other or torch.equal(one, other)
+    # e4m3 has NaN among its values.
+    return one is other or torch.equal(one.nan_to_num(), other.nan_to_num())
