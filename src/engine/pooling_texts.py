@@ -96,7 +96,7 @@ class PoolingTexts:
                     self._check_may_cut(f"texts[{index}]", len(row), on_overflow)
                     row = self._template.single(ids, limit)
             else:
-                row = check_token_ids(one, self._vocab_size)
+                row = check_token_ids(one, self._vocab_size).tolist()
                 if len(row) > limit:
                     self._check_may_cut(f"texts[{index}]", len(row), on_overflow)
                     row = row[:limit]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.constraints.compiler import ConstraintCompiler
 from engine.core.capacity import CapacityLimits
@@ -92,8 +95,12 @@ class RequestFactory:
         _check_plain("priority", priority, int)
         if cache_salt is not None:
             _check_plain("cache_salt", cache_salt, str)
-        if token_ids is None:
-            token_ids = self._token_ids(prompt, parse_special)
+        prompt_array = None
+        if token_ids is None and isinstance(prompt, str):
+            token_ids = self._encode(prompt, parse_special)
+        elif token_ids is None:
+            prompt_array = check_token_ids(prompt, self._vocab_size)
+            token_ids = _plain_list(prompt, prompt_array)
         self._check_params(params)
         max_total_tokens = self._limits.check_fits(len(token_ids), params.max_tokens)
         request = Request(
@@ -110,6 +117,8 @@ class RequestFactory:
             constraint=self._compiler.compile(params),
             metrics=RequestMetrics(arrival_s=arrival_s),
         )
+        if prompt_array is not None:
+            request.set_prompt_array(prompt_array)
         if request.constraint is not None:
             request.constraint.check_room(max_total_tokens - len(token_ids))
         add_sequences(request)
@@ -150,16 +159,14 @@ class RequestFactory:
             return {}
         return dict(zip(texts, encoded, strict=True))
 
-    def _token_ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                msg = "The prompt is empty. Give at least one character or token id."
-                raise RequestError(msg)
-            if self._tokenizer is None:
-                msg = "This model has no tokenizer. Submit the prompt as a list of token ids."
-                raise RequestError(msg)
-            return self._tokenizer.encode(prompt, parse_special=parse_special)
-        return check_token_ids(prompt, self._vocab_size)
+    def _encode(self, prompt: str, parse_special: bool) -> list[int]:
+        if not prompt:
+            msg = "The prompt is empty. Give at least one character or token id."
+            raise RequestError(msg)
+        if self._tokenizer is None:
+            msg = "This model has no tokenizer. Submit the prompt as a list of token ids."
+            raise RequestError(msg)
+        return self._tokenizer.encode(prompt, parse_special=parse_special)
 
     def _check_params(self, params: SamplingParams) -> None:
         check_params(params, self._vocab_size)
@@ -214,8 +221,8 @@ def add_sequences(request: Request) -> None:
             seq.constraint = request.constraint.start(request.params, max_tokens)
 
 
-def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
-    """`prompt` as a list of token ids, all of them in the vocabulary.
+def check_token_ids(prompt: Any, vocab_size: int) -> npt.NDArray[np.int32]:
+    """`prompt` as an array [num_prompt_tokens] of token ids, all of them in the vocabulary.
 
     Raises:
         RequestError: It is empty, no sequence of integers, or an id is out of range.
@@ -226,23 +233,40 @@ def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
     if len(prompt) == 0:
         msg = "The prompt is empty. Give at least one character or token id."
         raise RequestError(msg)
-    try:
-        array = np.asarray(prompt)
-    except (ValueError, OverflowError) as error:
-        msg = f"The prompt is no flat list of token ids: {error}."
-        raise RequestError(msg) from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        msg = f"The prompt must be a flat list of integer token ids, got {_shorten(prompt)}."
-        raise RequestError(msg)
-    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    found = _integers(prompt)
+    outside = np.flatnonzero((found < 0) | (found >= vocab_size))
     if len(outside):
         place = int(outside[0])
         msg = (
-            f"prompt[{place}]={int(array[place])} is no token id of this model, "
+            f"prompt[{place}]={int(found[place])} is no token id of this model, "
             f"which has ids 0 to {vocab_size - 1}."
         )
         raise RequestError(msg)
-    ids: list[int] = array.tolist()
+    return found.astype(np.int32)
+
+
+def _integers(prompt: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The numbers of a prompt, whatever integers they are."""
+    if type(prompt) is list and type(prompt[0]) is int:
+        # For plain lists twice as fast as NumPy, which looks at all types first.
+        with contextlib.suppress(TypeError, OverflowError):
+            return np.frombuffer(array("q", prompt), np.int64)
+    try:
+        found = np.asarray(prompt)
+    except (ValueError, OverflowError) as error:
+        msg = f"The prompt is no flat list of token ids: {error}."
+        raise RequestError(msg) from error
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        msg = f"The prompt must be a flat list of integer token ids, got {_shorten(prompt)}."
+        raise RequestError(msg)
+    return found
+
+
+def _plain_list(prompt: Any, token_ids: npt.NDArray[np.int32]) -> list[int]:
+    """The checked `prompt` as a list of int."""
+    # New numbers take five times as long as the sum, which is no int if one of NumPy's is in it.
+    is_plain = type(prompt) is list and type(sum(prompt)) is int
+    ids: list[int] = prompt.copy() if is_plain else token_ids.tolist()
     return ids
 
 

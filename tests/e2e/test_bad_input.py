@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_checkpoints import write_tiny_llama
 
@@ -34,6 +35,8 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[EngineError], str]] 
     "id negative": (lambda e: e.submit([-1]), RequestError, r"prompt\[0\]=-1"),
     "id huge": (lambda e: e.submit([2**70]), RequestError, "token id"),
     "floats": (lambda e: e.submit([1.5]), RequestError, "integer token ids"),
+    "bools": (lambda e: e.submit([True]), RequestError, "integer token ids"),
+    "a float among ids": (lambda e: e.submit([1, 2.0]), RequestError, "integer token ids"),
     "nested": (lambda e: e.submit([[1], [2, 3]]), RequestError, "flat list"),
     "bytes": (lambda e: e.submit(b"abc"), RequestError, "got bytes"),
     "None": (lambda e: e.submit(None), RequestError, "got NoneType"),
@@ -111,6 +114,13 @@ def test_nul_and_strange_text_are_text(eng: Engine) -> None:
         assert eng.detokenize(output.prompt_token_ids, skip_special_tokens=False).endswith(text)
         assert 2 not in output.prompt_token_ids
     assert 2 in eng.submit("<|im_end|>", params, parse_special=True).result().prompt_token_ids
+
+
+def test_ids_of_any_integers_come_back_as_plain_ones(eng: Engine) -> None:
+    prompts = [[5, 6], (5, 6), np.array([5, 6]), [np.int64(5), 6], [5, np.int32(6)]]
+    for output in eng.generate(prompts, SamplingParams(max_tokens=1)):
+        assert output.prompt_token_ids == [5, 6]
+        assert {type(token_id) for token_id in output.prompt_token_ids} == {int}
 
 
 @pytest.mark.parametrize(

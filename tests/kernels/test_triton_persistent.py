@@ -25,6 +25,7 @@ DTYPES = [torch.float16, *on_gpu_only(torch.bfloat16)]
 BLOCK_SIZE = 16
 NUM_BLOCKS = 40
 SIZES = {
+    "max_position_embeddings": 1024,
     "intermediate_size": 176,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

@@ -52,7 +52,8 @@ def test_engines_on_transformers_code(tmp_path: Path, name: str) -> None:
     prompts = [random.Random(n).choices(range(211), k=n) for n in (5, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     write_byte_tokenizer(tmp_path)
-    with Engine(str(tmp_path), device="cuda", dtype="float32", max_num_seqs=4) as eng:
+    options = {"device": "cuda", "dtype": "float32", "max_num_seqs": 4, "num_kv_blocks": 40}
+    with Engine(str(tmp_path), **options) as eng:
         outs = eng.generate(prompts, params)
     for prompt, out in zip(prompts, outs, strict=True):
         want = model.generate(

@@ -52,6 +52,19 @@ def extend_block_hashes(
         hashes.append(parent)
 
 
+def num_equal_parts(one: bytes, other: bytes, part_bytes: int) -> int:
+    """How many leading parts of `part_bytes` bytes are equal; an incomplete last part is none."""
+    low, high = 0, min(len(one), len(other)) // part_bytes
+    while low < high:
+        middle = (low + high + 1) // 2
+        part = slice(low * part_bytes, middle * part_bytes)
+        if one[part] == other[part]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class PrefixCache:
     """Index of full KV blocks by chained hash.
 

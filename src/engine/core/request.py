@@ -71,12 +71,16 @@ class Request:
     def prompt_array(self) -> npt.NDArray[np.int32]:
         """The prompt as [num_prompt_tokens] int32, made once.
 
-        A long list takes a while to convert (about 40 µs per 1000 ids): call it before submit to
-        spend that time on the caller's thread.
+        A long list takes a while to convert (about 40 µs per 1000 ids): call this or
+        `set_prompt_array` before submit, and that time is spent on the caller's thread.
         """
         if self._prompt_array is None:
             self._prompt_array = np.array(self.prompt_token_ids, dtype=np.int32)
         return self._prompt_array
+
+    def set_prompt_array(self, token_ids: npt.NDArray[np.int32]) -> None:
+        """Give what `prompt_array` would make."""
+        self._prompt_array = token_ids
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -1,10 +1,11 @@
 """Kernels compiled side by side before they are first launched.
 
 Triton compiles a kernel when it is first launched, one after the other: 36 kernels take some 20
-seconds on a slow host, the longest 8. Most of that time is spent in compilers that do not hold the
-GIL, so threads help. Inside `compiling_ahead`, a launch of a `launchable` kernel by the same thread
-only hands the kernel to a thread that compiles it; inside `without_launches` it does nothing at
-all. Whatever torch does between such launches happens, on numbers that mean nothing.
+seconds on a slow host, the longest 8. Nearly all of that time is spent in compilers that do not
+hold the GIL, so threads help. Inside `compiling_ahead` threads compile, and a launch waits for no
+kernel but its own. Inside `only_compiling` a launch of a `launchable` kernel by the same thread
+hands the kernel to them and goes on; inside `without_launches` it does nothing at all. Whatever
+torch does between such launches happens, on numbers that mean nothing.
 """
 
 from __future__ import annotations
@@ -62,11 +63,21 @@ def without_launches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """Compile what this thread launches meanwhile, side by side; return when all is compiled.
+    """Whatever this thread has Triton compile is compiled by others; at the end all of it is done.
 
     Errors of the compiler stay away: whoever launches that kernel gets them.
     """
     num_threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    with (
+        ThreadPoolExecutor(num_threads, "compile-kernels") as executor,
+        triton.AsyncCompileMode(executor, ignore_errors=True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """Launches by this thread compile their kernels; inside `compiling_ahead` without waiting."""
     seen: set[Any] = set()
 
     def compile_once(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,15 +87,11 @@ def compiling_ahead() -> Iterator[None]:
             seen.add(key)
             jit.run(*args, grid=grid, warmup=True, **kwargs)
 
-    with (
-        ThreadPoolExecutor(num_threads, "compile-kernels") as executor,
-        triton.AsyncCompileMode(executor, ignore_errors=True),
-    ):
-        token = _instead_of_launching.set(compile_once)
-        try:
-            yield
-        finally:
-            _instead_of_launching.reset(token)
+    token = _instead_of_launching.set(compile_once)
+    try:
+        yield
+    finally:
+        _instead_of_launching.reset(token)
 
 
 def _kind_of(argument: Any) -> Any:

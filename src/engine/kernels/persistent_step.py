@@ -13,7 +13,7 @@ from engine.kernels import persistent_decode as kernel
 from engine.kernels.attention_tiles import num_multiprocessors, score_factors
 from engine.kernels.metadata import AttentionMetadata
 
-USES_ONE_LAUNCH = False
+USES_ONE_LAUNCH = True
 """Whether a step of one token runs all layers in one launch; otherwise the kernels for few rows.
 
 Off until whole engines have been timed and tested with it; see "To check on a GPU first" in

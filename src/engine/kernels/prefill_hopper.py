@@ -19,8 +19,10 @@ Grid (programs,). A program's warps have roles, which walk the same items:
     loader           1 warp         block table -> TMA of keys and values into rings of STAGES tiles
     2 or 3 consumers 4 warps each   64 rows of the tile each, all keys of the tile
 
-    ring slot:  loader waits `empty`, arms `full` with the bytes and copies; a consumer waits for
-                `full`, multiplies and arrives at `empty`, which counts one arrival per consumer
+    ring slots: the loader waits for `empty`, arms `full` with the bytes and copies; a consumer
+                waits for `full` and multiplies. Its arrival number t at `empty` frees the keys of
+                tile t and the values of tile t - 1 (also across items, whose last values are freed
+                by the next item's first keys); all consumers must arrive
 
 A consumer has two products in flight, q k^T of the next keys and p v of the last ones; the softmax
 of the former overlaps the latter, and the products of the other consumer. That is FlashAttention 3
@@ -155,17 +157,15 @@ def _prefill_hopper_kernel(
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_of)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_of)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_of)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
-    bars = (k_full, k_empty, v_full, v_empty)
+    bars = (k_full, v_full, empty)
     # The arguments are written out: a variable would turn the constants among them into values.
     if CONSUMERS == 2:
         gl.warp_specialize(

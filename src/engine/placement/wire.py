@@ -83,9 +83,10 @@ def decode_request(record: AnyRecord, compiler: ConstraintCompiler) -> Request |
     """
     if isinstance(record, PoolingRecord):
         return decode_pooling_request(record)
+    prompt_array = np.frombuffer(record.prompt_ids, np.int32)
     request = Request(
         request_id=record.request_id,
-        prompt_token_ids=np.frombuffer(record.prompt_ids, np.int32).tolist(),
+        prompt_token_ids=prompt_array.tolist(),
         params=record.params,
         stop_token_ids=record.stop_token_ids,
         max_total_tokens=record.max_total_tokens,
@@ -96,7 +97,7 @@ def decode_request(record: AnyRecord, compiler: ConstraintCompiler) -> Request |
         constraint=compiler.compile(record.params),
         metrics=RequestMetrics(arrival_s=record.arrival_s),
     )
-    request.prompt_array()
+    request.set_prompt_array(prompt_array)
     add_sequences(request)
     return request
 

@@ -135,8 +135,8 @@ class CapturedSteps:
     def launch_each_kernel(self, variant: SamplerVariant) -> None:
         """Launch what steps launch, at least once each, whatever the kind of draw.
 
-        For `compiling_ahead`. Sizes between these meet the same kernels; one that is forgotten
-        here is compiled when it is launched.
+        For `only_compiling`. What takes longest to compile comes first. Sizes between these meet
+        the same kernels; one that is forgotten here is compiled when it is launched.
         """
         draws = [dataclasses.replace(variant, draw=draw) for draw in (GREEDY, RANDOM, FILTERED)]
         for num_seqs, num_tokens in (self._ladder.mixed[-1], self._ladder.mixed[0]):
@@ -151,15 +151,19 @@ class CapturedSteps:
     def warm_up(self, variant: SamplerVariant) -> None:
         """Capture every size without prefix groups, with the sampling of one variant.
 
-        Largest first: the shared memory pool is then laid out once and only reused. Steps with
+        First the sizes whose kernels are compiled soonest (see `compiling_ahead`): not the mixed
+        ones with their prefill, nor one sequence, which has a kernel of all layers. Among each,
+        largest first: the shared memory pool is then laid out once and only reused. Steps with
         prefix groups are captured when first met.
         """
-        for num_seqs, num_tokens in reversed(self._ladder.mixed):
-            self._forward_graph(_Size(num_seqs, num_tokens, is_pure_decode=False))
-            self._sampling_graph(num_seqs, variant)
-        for num_seqs in reversed(self._ladder.decode):
-            self._forward_graph(_Size(num_seqs, num_seqs, is_pure_decode=True))
-            self._sampling_graph(num_seqs, variant)
+        *larger, smallest = [
+            _Size(num_seqs, num_seqs, is_pure_decode=True)
+            for num_seqs in reversed(self._ladder.decode)
+        ]
+        mixed = [_Size(*pair, is_pure_decode=False) for pair in reversed(self._ladder.mixed)]
+        for size in (*larger, *mixed, smallest):
+            self._forward_graph(size)
+            self._sampling_graph(size.num_seqs, variant)
 
     # ---------------------------------------------------------------- captures
 

@@ -117,18 +117,19 @@ class ModelRunner:
         """
         if not self._is_cuda:
             return
-        from engine.kernels.compile_ahead import compiling_ahead
+        from engine.kernels.compile_ahead import compiling_ahead, only_compiling
 
         variant, config = self.sampler.greedy_variant, self._config
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         with compiling_ahead():
+            with only_compiling():
+                if self._captured is not None:
+                    self._captured.launch_each_kernel(variant)
+                run_largest_step(
+                    self._model, config.max_num_batched_tokens, num_seqs, config.block_size
+                )
             if self._captured is not None:
-                self._captured.launch_each_kernel(variant)
-            run_largest_step(
-                self._model, config.max_num_batched_tokens, num_seqs, config.block_size
-            )
-        if self._captured is not None:
-            self._captured.warm_up(variant)
+                self._captured.warm_up(variant)
         torch.cuda.synchronize(config.device)
 
     def check_health(self) -> None:

@@ -6,9 +6,17 @@ import hashlib
 
 import hypothesis.strategies as st
 import numpy as np
+from core_fakes import make_request
 from hypothesis import given, settings
 
-from engine.core.prefix_cache import PrefixCache, extend_block_hashes, root_hash
+from engine.core.block_tables import BlockTables
+from engine.core.prefix_cache import (
+    PrefixCache,
+    extend_block_hashes,
+    num_equal_parts,
+    root_hash,
+)
+from engine.core.state import SequenceTable
 
 _ROOT = root_hash("shared", "")
 
@@ -92,3 +100,30 @@ def test_eviction_and_clear_end_in_a_miss() -> None:
     cache.clear()
     assert cache.match(hashes, 2) == []
     assert (cache.num_cached_blocks, cache.pool.num_idle_blocks) == (0, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40), st.binary(max_size=40), st.integers(0, 40), st.integers(1, 5))
+def test_equal_parts_are_counted_to_the_first_that_differs(
+    one: bytes, other: bytes, num_shared: int, part_bytes: int
+) -> None:
+    other = one[:num_shared] + other
+    expected = 0
+    for start in range(0, min(len(one), len(other)) - part_bytes + 1, part_bytes):
+        if one[start : start + part_bytes] != other[start : start + part_bytes]:
+            break
+        expected += 1
+    assert num_equal_parts(one, other, part_bytes) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_prompts_that_begin_alike_have_the_hashes_they_have_alone(data: st.DataObject) -> None:
+    tables = BlockTables(SequenceTable(2, 20, 2), 2, 20, enable_prefix_caching=True)
+    for _ in range(4):
+        prompt = data.draw(st.lists(st.integers(0, 1), min_size=3, max_size=12))
+        salt = data.draw(st.sampled_from([None, "a", "b"]))
+        (seq,) = make_request(None, prompt, cache_salt=salt).sequences
+        tables.plan(seq)
+        root = _ROOT if salt is None else root_hash("salt", salt)
+        assert seq.block_hashes == _hashes(prompt, root=root)
