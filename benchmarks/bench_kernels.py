@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from environment import print_table, write_rows
-from quantised_products import FORMATS, quantised_rows
+from quantised_products import FORMATS, quantised_expert_rows, quantised_rows
 from quantised_products import ROWS as QUANTISED_ROWS
 
 from engine.kernels import dispatch
@@ -556,6 +556,8 @@ def gpu_rows(device: torch.device) -> list[Row]:
         rows += fused_rows(shape, num_tokens, device, dtype)
     for form, num_tokens in itertools.product(FORMATS[:1], (1, 16, 64)):
         rows += quantised_rows(Row, num_tokens, (4096, 4096), form, device, dtype)
+    for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 64, 1024)):
+        rows += quantised_expert_rows(Row, expert_shape, num_tokens, FORMATS[1], device, dtype)
     for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 16, 64, 256, 8192)):
         rows += expert_rows(expert_shape, num_tokens, device, dtype)
     return rows

@@ -117,3 +117,40 @@ def quantised_rows(
             num_bytes=num_rows * num_inner * (form.bits / 8 + dtype.itemsize),
         ),
     ]
+
+
+def quantised_expert_rows(
+    make_row: Any, shape: Any, num_tokens: int, form: Format, device: torch.device,
+    dtype: torch.dtype,
+) -> list[Any]:  # fmt: skip
+    """Measurements of a layer's experts in one format; `shape` is `bench_kernels.ExpertShape`."""
+    num, width, hidden_size = shape.num_experts, shape.width, shape.hidden_size
+    weights = [
+        (
+            random_planes(form, num * 2 * width, hidden_size, device),
+            random_planes(form, num * hidden_size, width, device),
+        )
+        for _ in range(2 if device.type == "cuda" else 1)
+    ]
+    x = torch.randn(num_tokens, hidden_size, device=device, dtype=dtype)
+    scores = torch.rand(num_tokens, num, device=device)
+    chosen = torch.topk(scores, shape.num_chosen)
+    experts, shares = chosen.indices.int(), chosen.values
+    num_read = len(experts.unique())
+
+    def run(call: int) -> torch.Tensor:
+        gate_up, down = weights[call % len(weights)]
+        return dispatch.quantised_experts(
+            x, gate_up, down, None, None, shares, experts, activation="silu"
+        )
+
+    return [
+        make_row(
+            "quantised_experts",
+            f"{form.name} {shape.name} T={num_tokens}",
+            run,
+            copies=len(weights),
+            num_bytes=sum(part.num_bytes for part in weights[0]) * num_read / num,
+            flops=6.0 * num_tokens * shape.num_chosen * width * hidden_size,
+        )
+    ]

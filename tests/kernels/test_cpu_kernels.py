@@ -355,3 +355,11 @@ def test_quantised_products_take_the_plain_twins() -> None:
     got = dispatch.quantised_linear(x, planes)
     rows = dispatch.quantised_rows(planes, None, torch.float32)
     torch.testing.assert_close(got, F.linear(x, rows))
+    both = pack_codes(random_codes(KINDS[1], 64, 128)), pack_codes(random_codes(KINDS[1], 128, 32))
+    experts = torch.zeros(3, 1, dtype=torch.int32)
+    y = dispatch.quantised_experts(
+        x, *both, None, None, torch.ones(3, 1), experts, activation="silu"
+    )
+    gate_up, down = (dispatch.quantised_rows(planes, None, torch.float32) for planes in both)
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    torch.testing.assert_close(y, F.linear(F.silu(gate) * up, down))

@@ -81,6 +81,9 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows += bench.few_row_rows(shape, 2, device, torch.float32)
     rows += bench.fused_rows(shape, 2, device, torch.float32)
     rows += bench.quantised_rows(bench.Row, 2, (256, 512), bench.FORMATS[0], device, torch.float32)
+    rows += bench.quantised_expert_rows(
+        bench.Row, bench.SMALL_EXPERTS, 2, bench.FORMATS[1], device, torch.float32
+    )
     rows += bench.expert_rows(bench.SMALL_EXPERTS, 2, device, torch.float32)
     rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
     rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))

@@ -181,3 +181,53 @@ def test_rows_as_bytes(device: torch.device, kind: CodeKind) -> None:
         want = quantised_reference.quantised_rows(weight, None, torch.float32)
         exact = product(restored[:, :k], want)
         torch.testing.assert_close(got.double(), exact, **TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kind", [KINDS[index] for index in (7, 0, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "scales_input", "has_bias"),
+    [("clamped_swiglu", False, True), ("silu", True, False), ("gelu_tanh", False, False)],
+)
+@pytest.mark.parametrize("num_tokens", on_gpu_only(1, 60, 400) or [5])
+def test_quantised_experts(
+    device: torch.device,
+    num_tokens: int,
+    activation: str,
+    scales_input: bool,
+    has_bias: bool,
+    kind: CodeKind,
+) -> None:
+    op = kernels("quantised_experts").quantised_experts
+    num_experts, width, hidden_size, num_chosen = 3, 96, 160, 2
+    dtype = torch.float16 if IS_INTERPRETED else torch.bfloat16
+    gate_up, down = (
+        pack_codes(random_codes(kind, num_experts * rows, columns), device)
+        for rows, columns in ((2 * width, hidden_size), (hidden_size, width))
+    )
+    x = strided(num_tokens, hidden_size, dtype, device)
+    biases = [
+        torch.randn(num_experts, rows, device=device).to(dtype) if has_bias else None
+        for rows in (2 * width, hidden_size)
+    ]
+    # Nobody chooses expert 1.
+    experts = torch.randint(0, 2, (num_tokens, num_chosen), device=device, dtype=torch.int32) * 2
+    weights = torch.rand(num_tokens, num_chosen, device=device)
+    options = {
+        "activation": activation,
+        "scales_input": scales_input,
+        "swiglu_limit": 2.0,
+        "swiglu_alpha": 1.7,
+    }
+    got = op(x, gate_up, down, *biases, weights, experts, **options)
+    want = quantised_reference.quantised_experts(
+        x.double(),
+        gate_up,
+        down,
+        *(None if bias is None else bias.double() for bias in biases),
+        weights,
+        experts,
+        **options,
+    )
+    tolerance = {name: 3 * value for name, value in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    assert torch.equal(op(x, gate_up, down, *biases, weights, experts, **options), got)

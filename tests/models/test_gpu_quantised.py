@@ -109,6 +109,36 @@ def test_tokens_are_transformers_with_the_rounded_weights(
     assert greedy(decoder, prompt, 12) == transformers_greedy(model, prompt, 12)
 
 
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
+def test_experts_are_one_weight(tmp_path: Path, name: str) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    model = random_model(config).float()
+    model.save_pretrained(tmp_path)
+    decoder = load(tmp_path, name)
+    planes = decoder.layers[0].mlp._planes
+    assert [weight.shape for weight in planes] == [(3 * 2 * 96, 64), (3 * 64, 96)]
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            kind = "int8" if name == "int4" and "lm_head" in key else name
+            if weight.ndim == 3:
+                rounded = round_weight(weight.flatten(0, 1), kind).expand()
+                weight.copy_(rounded.view(weight.shape))
+            elif weight.ndim == 2 and "embed" not in key and "gate.weight" not in key:
+                weight.copy_(round_weight(weight, kind).expand())
+    prompt = torch.randint(0, 64, (21,), generator=torch.Generator().manual_seed(3)).tolist()
+    assert greedy(decoder, prompt, 12) == transformers_greedy(model, prompt, 12)
+
+
 @pytest.mark.parametrize("ggml_type", ["Q4_0", "Q4_1", "Q8_0", "Q5_1"])
 def test_tokens_of_a_gguf_file_are_those_of_its_expanded_weights(
     tmp_path: Path, ggml_type: str

@@ -18,7 +18,11 @@ from engine.kernels.fused_reference import (
     scaled_qkv,
 )
 from engine.kernels.metadata import AttentionMetadata
-from engine.kernels.quantised_reference import quantised_linear, quantised_rows
+from engine.kernels.quantised_reference import (
+    quantised_experts,
+    quantised_linear,
+    quantised_rows,
+)
 from engine.kernels.reference import (
     add_linear,
     embed_rows,
@@ -42,6 +46,7 @@ __all__ = [
     "normed_linear",
     "normed_qkv",
     "paged_attention",
+    "quantised_experts",
     "quantised_linear",
     "quantised_rows",
     "rms_norm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.kernels import reference
 from engine.kernels.quantised_layout import STRIP, STRIPS, CodePlanes
 
 
@@ -65,6 +66,54 @@ def quantised_rows(
     values = _values(codes, weight)
     minimum = -weight.zero * scale if minima is None else minima.float()[:, in_group]
     return ((values * scale + minimum) * weight.factor).to(dtype)
+
+
+def quantised_experts(
+    x: torch.Tensor,
+    gate_up: CodePlanes,
+    down: CodePlanes,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    *,
+    activation: str,
+    scales_input: bool = False,
+    swiglu_limit: float = 0.0,
+    swiglu_alpha: float = 1.0,
+) -> torch.Tensor:
+    """`moe_experts` with weights of codes.
+
+    Args:
+        x: [T, H].
+        gate_up: [E 2 I, H]: experts below each other, each with its gate above its up.
+        down: [E H, I].
+        gate_up_bias: [E, 2 I] or None.
+        down_bias: [E, H] or None.
+        weights: [T, K] float32.
+        experts: [T, K] int32 in [0, E).
+        activation: As in `reference.moe_experts`, as are the others.
+        scales_input: Likewise.
+        swiglu_limit: Likewise.
+        swiglu_alpha: Likewise.
+
+    Returns:
+        New [T, H] of x's dtype.
+    """
+    width = down.shape[1]
+    return reference.moe_experts(
+        x,
+        quantised_rows(gate_up, None, x.dtype).view(-1, 2 * width, x.shape[1]),
+        quantised_rows(down, None, x.dtype).view(-1, x.shape[1], width),
+        gate_up_bias,
+        down_bias,
+        weights,
+        experts,
+        activation=activation,
+        scales_input=scales_input,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+    )
 
 
 def _codes(main: torch.Tensor, weight: CodePlanes) -> torch.Tensor:

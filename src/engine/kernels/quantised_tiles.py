@@ -68,6 +68,14 @@ def product_tiles(num_rows: int, weight: CodePlanes) -> ProductTiles:
     return ProductTiles(block_m, block_n, split, 4, 4 if block_n * block_m <= 8192 else 8)
 
 
+def expert_product_tiles(num_places: int, num_experts: int) -> ProductTiles:
+    """Tiles of the experts' products; a program has rows of one expert."""
+    share = num_places / num_experts
+    if share <= 16:
+        return ProductTiles(16, 64)
+    return ProductTiles(32, 64) if share <= 32 else ProductTiles(64, 128, num_warps=8)
+
+
 def invariant_tiles() -> ProductTiles:
     """Tiles for any number of rows, whose results do not depend on that number."""
     return ProductTiles(64, 64)

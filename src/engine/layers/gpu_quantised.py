@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from engine.errors import UnsupportedModelError
 from engine.kernels import dispatch
 from engine.kernels.quantised_layout import CodePlanes
 from engine.layers.embedding import Embedding
@@ -170,8 +171,12 @@ class GPUFactory:
         return CodedEmbedding(planes, scale, self._dtype)
 
     def expert_bytes(self, parts: Sequence[StoredWeight]) -> int | None:
-        """None: the grouped products of experts take plain weights."""
-        return None
+        """Memory of one expert's product; None where its parts are of several kinds."""
+        rows = [part.first_row() for part in parts]
+        has_order = any(as_integers(row).columns is not None for row in rows)
+        if has_order or len({_kind(row) for row in rows}) > 1:
+            return None
+        return self.num_bytes(parts, is_output=False)
 
     def experts(
         self,
@@ -179,8 +184,23 @@ class GPUFactory:
         gate_up: Sequence[Sequence[StoredWeight]],
         down: Sequence[StoredWeight],
     ) -> None:
-        """Never asked for, see `expert_bytes`."""
-        raise AssertionError("experts were refused by expert_bytes")
+        """See `QuantisedFactory.experts`; all experts of a layer become one weight.
+
+        Raises:
+            UnsupportedModelError: They are of several kinds.
+        """
+        gates_and_ups = [part for expert in gate_up for part in expert]
+        layer.use_planes(self._stacked(gates_and_ups), self._stacked(down))
+
+    def _stacked(self, parts: Sequence[StoredWeight]) -> CodePlanes:
+        merged = merge_codes([as_integers(part.read(self._device)) for part in parts])
+        if merged is None:
+            msg = (
+                "The experts of a layer are quantised in several ways, and their product on a GPU "
+                "takes one. Use device='cpu', or a checkpoint whose experts are alike."
+            )
+            raise UnsupportedModelError(msg)
+        return pack_codes(merged, self._device)
 
     def _rounds_input(self, weight: QuantisedWeight) -> bool:
         if isinstance(weight, QuantisedCodes) or weight.activations.kind == "none":

@@ -113,8 +113,8 @@ def plan_codes(
         msg = (
             f"quantization={quantiser.name!r} cannot be done on {device.type} for "
             f"{next(iter(plan.expanded))!r} and {len(plan.expanded) - 1} other weights of "
-            f"{shapes.config.architecture}: experts have quantised products on a CPU only. Leave "
-            "quantization out, or use device='cpu'."
+            f"{shapes.config.architecture}: there is no quantised product for them. Leave "
+            "quantization out."
         )
         raise UnsupportedModelError(msg)
     return CodesPlan(plan.num_bytes(dtype, device), make)
