@@ -1,6 +1,7 @@
 """Weights in every quantised safetensors format, each with the numbers that its own library reads.
 
-compressed-tensors, bitsandbytes, transformers and torch write and read their formats themselves.
+compressed-tensors, bitsandbytes and transformers write and read their formats themselves; float8 is
+torch's, in blocks as transformers' `finegrained_fp8` scales them.
 GPTQ and AWQ need a GPU to be installed: their layouts are written down here after GPTQModel's
 `pack_original` and `dequantize_weight`, and AutoAWQ's `packing_utils`.
 """
@@ -134,8 +135,6 @@ def compressed(weight: torch.Tensor, scheme: dict[str, Any], kind: str) -> Writt
 
 
 def block_fp8(weight: torch.Tensor, block: tuple[int, int]) -> Written:
-    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
     num_rows, num_columns = weight.shape
     shape = (-(-num_rows // block[0]), -(-num_columns // block[1]))
     padded = torch.zeros(shape[0] * block[0], shape[1] * block[1])
@@ -144,7 +143,8 @@ def block_fp8(weight: torch.Tensor, block: tuple[int, int]) -> Written:
     scales = tiles.abs().amax((1, 3)) / 448.0
     values = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)
     values = values[:num_rows, :num_columns].contiguous()
-    numbers = _dequantize_fp8_weight(values, scales, list(block), torch.float32)
+    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    numbers = values.float() * wide[:num_rows, :num_columns]
     return {".weight": values, ".weight_scale_inv": scales}, numbers
 
 
@@ -295,3 +295,18 @@ FORMATS: dict[str, Format] = {
         {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, bnb_8bit
     ),
 }
+
+
+def mxfp4(weight: torch.Tensor) -> Written:
+    """Stacked experts [E, K, N] as gpt-oss stores them: blocks and scales of [E, N, K]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(weight.shape[2])
+    num_experts, num_columns, num_rows = weight.shape
+    shape = (num_experts, num_rows, num_columns // 32)
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    size = float(weight.abs().mean().log2().floor())
+    scales = torch.full(shape, 126 + int(size), dtype=torch.uint8)
+    scales += torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator)
+    numbers = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return {"blocks": blocks, "scales": scales}, numbers

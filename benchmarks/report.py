@@ -263,6 +263,19 @@ def embed(rows: list[Row]) -> str:
     return markdown(["model", "figure", "ours", "padded batches of 32", "faster"], lines)
 
 
+def quantised(rows: list[Row]) -> str:
+    """A format per row."""
+    found = latest(rows, "quantised")
+    figures = ("load_s", "weights_mib", "peak_rss_mib", "decode_tok_s")
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in found.values()):
+        values = [found.get(f"{kind}/{figure}") for figure in figures]
+        lines.append([kind, *(row and f"{row['value']:.4g}" for row in values)])
+    return markdown(
+        ["format", "load, s", "weights, MiB", "peak memory, MiB", "decode, tok/s"], lines
+    )
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "table": table,
     "busy": busy,
@@ -275,6 +288,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "host": host,
     "cpu": cpu,
     "embed": embed,
+    "quantised": quantised,
 }
 
 

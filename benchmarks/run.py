@@ -9,7 +9,8 @@ Sections on a GPU: table (the five workloads and the start), busy (beside spinni
 latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
 sequences, context), memory, kernels, embed (vectors beside the usual loop). On a CPU: cpu (side by
 side with transformers), callers (what the caller's side costs per request), host (the same at a
-GPU's pace, on a device that only waits), embed. On both: llama_index (pipelines of LlamaIndex).
+GPU's pace, on a device that only waits), embed, quantised (the demo model in
+every kind of format). On both: llama_index (pipelines of LlamaIndex).
 
 Every figure is a row, appended to `bench-results/rows.jsonl` the moment it is known. Each job is a
 process of its own with a time budget; a job over its budget is killed, its rows stay. At the end
@@ -54,6 +55,7 @@ CPU_SECTIONS = {
     "host": 300.0,
     "embed": 240.0,
     "llama_index": 400.0,
+    "quantised": 300.0,
 }
 SECTIONS = {**GPU_SECTIONS, **CPU_SECTIONS}
 

@@ -15,6 +15,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError, UnsupportedModelError
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
+from engine.loader.quantised_checkpoint import warn_of_expansion
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
 from engine.models.any_model import AnyConfig, AnyModel, describe_model, make_model, weight_bytes
@@ -130,6 +131,8 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
                 max_model_len=config.max_model_len,
                 batch_invariant=config.batch_invariant,
             )
+            if codes is None:
+                warn_of_expansion(checkpoint, num_weight_bytes)
             if isinstance(model, Decoder):
                 factory = None if codes is None else codes.factory(model.step_rows)
                 model.load(checkpoint, factory, quantiser)
@@ -310,14 +313,20 @@ def _plan_codes(
 def _fewest_kv_bytes(
     config: EngineConfig, model_config: AnyConfig, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """KV cache of one sequence: of `max_model_len` tokens where that is set, else of a block."""
+    """The KV cache that was asked for, else that of one sequence.
+
+    A sequence of `max_model_len` tokens where that is set, else of one block: the longest sequence
+    is then lowered to what the cache holds.
+    """
+    if config.num_kv_blocks is None and config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
     if not isinstance(model_config, DecoderConfig):
         return 0
     block_size = config.block_size or (
         _GPU_BLOCK_SIZE if device.type == "cuda" else _CPU_BLOCK_SIZE
     )
     # Block 0 is padding's.
-    num_blocks = 1 + -(-(config.max_model_len or 1) // block_size)
+    num_blocks = config.num_kv_blocks or 1 + -(-(config.max_model_len or 1) // block_size)
     elements = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim
     return num_blocks * block_size * elements * dtype.itemsize
 

@@ -20,6 +20,7 @@ from engine.loader.embedding_layout import (
     read_embedding_layout,
     score_activation,
 )
+from engine.loader.quantised_checkpoint import warn_of_expansion
 from engine.loader.resolve import ModelFiles, resolve_model
 from engine.model_text import ModelText, load_model_text
 from engine.models.decoder import Decoder, weight_bytes
@@ -177,6 +178,7 @@ class _Loader:
         description: EncoderConfig = encoder_config(self.files.config)
         num_bytes = description.num_parameters * self.dtype.itemsize
         check_model_fits(num_bytes, 0, self.device, self.config)
+        warn_of_expansion(self.checkpoint, num_bytes)
         if self.config.batch_invariant and self.device.type == "cuda":
             self._check_invariant(description)
         encoder = Encoder(
@@ -219,6 +221,7 @@ class _Loader:
         )
         num_bytes = weight_bytes(description, self.dtype, self.device)
         check_model_fits(num_bytes, 0, self.device, self.config)
+        warn_of_expansion(self.checkpoint, num_bytes)
         decoder = Decoder(
             description, self.device, self.dtype, batch_invariant=self.config.batch_invariant
         )

@@ -22,10 +22,13 @@ from model_driver import PagedDriver
 from model_zoo import stored_weights
 
 from engine.errors import CheckpointError
+from engine.layers.moe import MixtureOfExperts
+from engine.layers.quantised_linear import QuantisedLinear
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_architectures import ARCHITECTURES
 from engine.loader.resolve import resolve_model
 from engine.models.decoder import Decoder
+from engine.models.quantised_loading import make_factory
 from engine.models.registry import decoder_config
 
 SIZES: dict[str, Any] = {
@@ -212,11 +215,13 @@ def write(
     return path
 
 
-def decoder_from(path: Path) -> Decoder:
+def decoder_from(path: Path, *, in_codes: bool = False) -> Decoder:
     files = resolve_model(str(path))
-    decoder = Decoder(decoder_config(files.config), torch.device("cpu"), torch.float32)
+    device, dtype = torch.device("cpu"), torch.float32
+    decoder = Decoder(decoder_config(files.config), device, dtype)
     with open_checkpoint(files) as checkpoint:
-        decoder.load(checkpoint)
+        factory = make_factory(device, dtype, decoder.step_rows) if in_codes else None
+        decoder.load(checkpoint, factory)
     return decoder
 
 
@@ -254,6 +259,26 @@ def test_quantised_matrices_are_expanded(tmp_path: Path, architecture: str) -> N
                 coded = gguf.quants.quantize(want.numpy(), kind)
                 want = torch.from_numpy(gguf.quants.dequantize(coded, kind))
             assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "phi3", "gemma2"])
+def test_quantised_matrices_run_quantised(tmp_path: Path, architecture: str) -> None:
+    """Experts and merged projections too: in float32 as the expanded ones, without a warning."""
+    model = model_of(architecture)
+    path = write(tmp_path / "x.gguf", architecture, model, GGMLQuantizationType.Q5_1)
+    logits = []
+    for in_codes in (False, True):
+        decoder = decoder_from(path, in_codes=in_codes)
+        layer = decoder.layers[1]
+        assert isinstance(layer.attention.qkv_proj, QuantisedLinear) is in_codes
+        if architecture == "qwen3moe":
+            assert isinstance(layer.mlp, MixtureOfExperts)
+            assert layer.mlp.has_products is in_codes
+        driver = PagedDriver(
+            decoder, num_blocks=8, block_size=16, num_layers=decoder.config.num_layers
+        )
+        logits += driver.step([(driver.add(list(range(3, 43))), None)])
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
 def test_experts_of_another_number_are_noticed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from quantised_formats import FORMATS
 from transformers import LlamaConfig, PreTrainedModel
 
 from engine.layers.cpu_quantised import has_quick_products
+from engine.layers.linear import Linear
 from engine.layers.quantised_linear import QuantisedLinear
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.gguf_blocks import BITS_OF_TYPE
@@ -28,7 +29,7 @@ from engine.models.registry import decoder_config
 
 CPU = torch.device("cpu")
 PROMPT = torch.randint(3, 64, (24,), generator=torch.Generator().manual_seed(1)).tolist()
-GGUF = [f"gguf-{name}" for name in BITS_OF_TYPE]
+GGUF = [f"gguf-{name}" for name in (*BITS_OF_TYPE, "mixed")]
 
 
 def config_of(**changes: Any) -> LlamaConfig:
@@ -55,17 +56,24 @@ def hf_folder(folder: Path, model: PreTrainedModel, name: str) -> None:
 
 
 def gguf_file(path: Path, model: PreTrainedModel, type_name: str) -> None:
-    """Store random blocks for every matrix, and give `model` the numbers they stand for."""
-    ggml_type = GGMLQuantizationType[type_name]
+    """Store random blocks for every matrix, and give `model` the numbers they stand for.
+
+    "mixed" is what llama.cpp calls Q4_K_M: some matrices in Q6_K, the others in Q4_K.
+    """
+    is_mixed = type_name == "mixed"
     encoded = {}
     for seed, (key, weight) in enumerate(model.state_dict().items()):
         if weight.dim() != 2:
             continue
+        if is_mixed:
+            type_name = "Q6_K" if "v_proj" in key or "down" in key or "head" in key else "Q4_K"
+        ggml_type = GGMLQuantizationType[type_name]
         # Of the size of an ordinary weight, whatever the type.
         unit = np.abs(gguf.quants.dequantize(random_blocks(type_name, 1, 256), ggml_type)).mean()
-        encoded[key] = random_blocks(type_name, *weight.shape, scale=0.3 / unit, seed=seed)
-        weight.copy_(torch.from_numpy(gguf.quants.dequantize(encoded[key], ggml_type)))
-    write_gguf(path, model, encoded=encoded, ggml_type=ggml_type)
+        blocks = random_blocks(type_name, *weight.shape, scale=0.3 / unit, seed=seed)
+        encoded[key] = (blocks, ggml_type)
+        weight.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, ggml_type)))
+    write_gguf(path, model, encoded=encoded)
 
 
 @pytest.fixture
@@ -127,6 +135,25 @@ def greedy(decoder: Decoder, count: int) -> list[int]:
     for _ in range(count):
         seq.token_ids.append(int(driver.step([(seq, None)])[0][-1].argmax()))
     return seq.token_ids[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("stored", ["gptq"], indirect=True)
+def test_no_layer_in_codes_is_ever_allocated_in_numbers(
+    stored: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[list[str]] = []
+    allocate = Linear.__getattr__
+
+    def note(linear: Linear, name: str) -> torch.Tensor:
+        weight = allocate(linear, name)
+        if weight.device == CPU:
+            allocated.append(list(linear.parts))
+        return weight
+
+    monkeypatch.setattr(Linear, "__getattr__", note)
+    load(stored[0], torch.float32)
+    # The output projection alone, which the recipe leaves out.
+    assert allocated == [["lm_head"]]
 
 
 @pytest.mark.parametrize("stored", [*FORMATS, *GGUF], indirect=True)

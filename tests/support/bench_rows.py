@@ -96,5 +96,7 @@ def sample_rows(path):
     rows.add(
         "embed", "minilm/ours/gathered_texts_s", 150.0, "texts/s", **{**on_minilm, "peer": "ours"}
     )
+    for kind, value in (("gguf", 90.0), ("awq", 80.0)):
+        rows.add("quantised", f"{kind}/decode_tok_s", value, "tok/s", kind=kind)
     rows.add("cpu", "import/engine", 0.02, "s", module="engine")
     return load_rows(path)

@@ -65,12 +65,12 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     tokens: Sequence[str] = TOKENS,
-    encoded: Mapping[str, np.ndarray] | None = None,
+    encoded: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> Path:
     """Write a model as llama.cpp's converter would: `gguf`'s name map, matrices in `ggml_type`.
 
-    `encoded` has blocks of that type for weights by Hugging Face name, instead of the model's. The
-    first three tokens are of the control type.
+    `encoded` has blocks and their type for some weights, by Hugging Face name, instead of the
+    model's numbers. The first three tokens are of the control type.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -103,13 +103,13 @@ def write_gguf(
         if tied and hf_name == "lm_head.weight":
             continue
         gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-        array = weight.numpy() if encoded is None else encoded.get(hf_name, weight.numpy())
+        array, own_type = (encoded or {}).get(hf_name, (weight.numpy(), None))
         if architecture == "llama" and "q_proj" in hf_name:
             array = permute_rows(array, config.num_attention_heads)
         if architecture == "llama" and "k_proj" in hf_name:
             array = permute_rows(array, config.num_key_value_heads)
-        if array.dtype == np.uint8:
-            writer.add_tensor(gguf_name, np.ascontiguousarray(array), raw_dtype=ggml_type)
+        if own_type is not None:
+            writer.add_tensor(gguf_name, np.ascontiguousarray(array), raw_dtype=own_type)
         else:
             add_tensor(writer, gguf_name, array, ggml_type)
     for name, array in (tensors or {}).items():

@@ -134,6 +134,11 @@ class MixtureOfExperts:
         self._planes: tuple[CodePlanes, CodePlanes] | None = None
         self._rows = StepRows()
 
+    @property
+    def has_products(self) -> bool:
+        """Whether the experts' weights are quantised."""
+        return bool(self._products)
+
     def use_products(self, products: Sequence[tuple[Product, Product]], rows: StepRows) -> None:
         """Compute with quantised weights instead of the layer's own; call before loading.
 

@@ -8,6 +8,7 @@ them there are file pages, which the system may drop, and at most a megabyte bei
 from __future__ import annotations
 
 import abc
+import logging
 import zlib
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from engine.loader.gguf_file import GGUFFile
     from engine.loader.resolve import ModelFiles
     from engine.loader.stored_rows import StoredRows
+
+logger = logging.getLogger(__name__)
 
 DUMMY_STD: Final = 0.02
 """Of random weights: transformers' usual `initializer_range`, small enough not to overflow."""
@@ -98,11 +101,17 @@ def open_checkpoint(files: ModelFiles, *, load_format: str = "auto", seed: int =
         UnsupportedModelError: A GGUF file has tensors without a known meaning, or the weights are
             quantised in a way that is not known.
     """
+    quantisation = read_quantisation(files.config)
     if load_format == "dummy":
+        if quantisation is not None:
+            logger.warning(
+                "load_format='dummy' makes plain numbers, although config.json describes weights "
+                "quantised with %s",
+                quantisation.method,
+            )
         return DummyCheckpoint(seed)
     if files.gguf is not None:
         return GGUFCheckpoint(files.gguf, files.config)
-    quantisation = read_quantisation(files.config)
     source = SafetensorsCheckpoint(files.weight_files)
     if quantisation is None:
         return source

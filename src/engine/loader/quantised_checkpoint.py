@@ -16,6 +16,7 @@ from engine.loader.stored_tables import QUANT_STATE, StoredNF4, packed_mxfp4, st
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from engine.loader.quantisation_config import QuantisationConfig
     from engine.loader.stored_rows import StoredRows
@@ -80,6 +81,11 @@ class QuantisedCheckpoint(Checkpoint):
         self._shapes = self._logical_shapes(shapes)
         self._check_plain()
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._source.folder
+
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """Name without quantisation -> shape of every weight."""
         return self._shapes
@@ -140,11 +146,8 @@ class QuantisedCheckpoint(Checkpoint):
                 len(kv_scales),
                 kv_scales[0],
             )
-        plain = {
-            name: shape
-            for name, shape in shapes.items()
-            if name not in parts and name not in kv_scales
-        }
+        unread = {*parts, *kv_scales, *self._empty_biases(modules, shapes)}
+        plain = {name: shape for name, shape in shapes.items() if name not in unread}
         stored = {name: tuple(weight.shape) for name, weight in self._stored.items()}
         # As the model has them: the experts' matrices stand the other way round.
         stacks = {
@@ -152,6 +155,17 @@ class QuantisedCheckpoint(Checkpoint):
             for name, stack in self._stacks.items()
         }
         return {**plain, **stored, **stacks}
+
+    def _empty_biases(
+        self, modules: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[str]:
+        """Biases of layers in codes, if there is none but of zeros.
+
+        AutoGPTQ gave them to layers that have none.
+        """
+        biases = [f"{module}.bias" for module in modules if f"{module}.bias" in shapes]
+        is_empty = not any(bool(self._source.tensor(name).any()) for name in biases)
+        return biases if is_empty else []
 
     def _check_plain(self) -> None:
         """Refuse numbers of a byte that come without scales."""
@@ -164,6 +178,21 @@ class QuantisedCheckpoint(Checkpoint):
                     "checkpoint again."
                 )
                 raise CheckpointError(msg)
+
+
+def warn_of_expansion(checkpoint: Checkpoint, num_bytes: int) -> None:
+    """Say that the codes of a checkpoint are about to be expanded; nothing for plain numbers.
+
+    Args:
+        checkpoint: Of any kind.
+        num_bytes: Memory of all expanded weights.
+    """
+    if isinstance(checkpoint, QuantisedCheckpoint):
+        logger.warning(
+            "The weights of %s are in codes and will be expanded to plain numbers: %.2f GiB",
+            checkpoint.folder,
+            num_bytes / 2**30,
+        )
 
 
 def _marked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -45,7 +45,7 @@ def check_model_fits(
 
     Args:
         weight_bytes: Of the weights as they will stand in memory, quantised or not.
-        kv_bytes: Of the KV cache of one sequence; 0 where there is none.
+        kv_bytes: The smallest KV cache that will do; 0 where there is none.
         device: Of the model.
         config: `gpu_memory_utilization`, and the name for the error.
 
@@ -62,7 +62,7 @@ def check_model_fits(
         )
     else:
         what = f"this machine has {describe_bytes(available_host_bytes())} free"
-    kv = f" and the KV cache of one sequence {describe_bytes(kv_bytes)}" if kv_bytes else ""
+    kv = f" and the smallest KV cache {describe_bytes(kv_bytes)}" if kv_bytes else ""
     msg = (
         f"The weights of {config.model!r} need {describe_bytes(weight_bytes)} in memory{kv}, but "
         f"{what}. Use a smaller model, dtype or max_model_len, or free memory first."
