@@ -253,7 +253,7 @@ def quantised_experts(
     out = torch.empty_like(x)
     if not num_tokens:
         return out
-    tiles = expert_product_tiles(num_places, num_experts)
+    tiles = expert_product_tiles(num_places, num_experts, x.dtype)
     plan = plan_experts(experts, num_experts, tiles.block_m)
     both = x.new_empty(num_places, 2 * width)
     if scales_input:

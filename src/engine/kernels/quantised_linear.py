@@ -52,13 +52,13 @@ def quantised_linear(
     if not num_rows:
         return out
     if batch_invariant:
-        matrix_product(x, weight, bias, out, invariant_tiles())
+        matrix_product(x, weight, bias, out, invariant_tiles(x.dtype))
     elif num_rows == 1:
         vector_product(x, weight, bias, out)
     elif weight.multiplies_bytes and num_rows > MOST_ROWS_OF_TILES_BEFORE_BYTES:
         bytes_product(x, weight, bias, out)
     elif num_rows <= MOST_ROWS_OF_TILES:
-        matrix_product(x, weight, bias, out, product_tiles(num_rows, weight))
+        matrix_product(x, weight, bias, out, product_tiles(num_rows, weight, x.dtype))
     else:
         _expanded_product(x, weight, bias, out)
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.kernels.quantised_layout import CodePlanes
 
 _PROCESSORS = 132
@@ -43,6 +45,8 @@ class ProductTiles:
     num_warps: int = 4
 
 
+_WIDE = ProductTiles(16, 32, num_stages=2)
+"""For float32: without tensor cores smaller tiles keep registers free."""
 MOST_ROWS_OF_TILES = 512
 """Rows beyond which a weight is expanded for the library's product."""
 
@@ -55,8 +59,10 @@ def vector_tiles(weight: CodePlanes) -> VectorTiles:
     return VectorTiles(8, min(32, 1 << (weight.num_bundles - 1).bit_length()))
 
 
-def product_tiles(num_rows: int, weight: CodePlanes) -> ProductTiles:
-    """Tiles of a product of several rows."""
+def product_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles:
+    """Tiles of a product of several rows of x of `dtype`."""
+    if dtype == torch.float32:
+        return _WIDE
     block_m = 16
     while block_m < min(num_rows, 128):
         block_m *= 2
@@ -68,14 +74,16 @@ def product_tiles(num_rows: int, weight: CodePlanes) -> ProductTiles:
     return ProductTiles(block_m, block_n, split, 4, 4 if block_n * block_m <= 8192 else 8)
 
 
-def expert_product_tiles(num_places: int, num_experts: int) -> ProductTiles:
+def expert_product_tiles(num_places: int, num_experts: int, dtype: torch.dtype) -> ProductTiles:
     """Tiles of the experts' products; a program has rows of one expert."""
+    if dtype == torch.float32:
+        return _WIDE
     share = num_places / num_experts
     if share <= 16:
         return ProductTiles(16, 64)
     return ProductTiles(32, 64) if share <= 32 else ProductTiles(64, 128, num_warps=8)
 
 
-def invariant_tiles() -> ProductTiles:
+def invariant_tiles(dtype: torch.dtype) -> ProductTiles:
     """Tiles for any number of rows, whose results do not depend on that number."""
-    return ProductTiles(64, 64)
+    return _WIDE if dtype == torch.float32 else ProductTiles(64, 64)
