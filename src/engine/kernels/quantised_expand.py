@@ -25,10 +25,10 @@ from engine.kernels.compile_ahead import launchable
 from engine.kernels.quantised_layout import CodePlanes
 from engine.kernels.quantised_unpack import (
     group_of,
+    growth_of,
     load_words,
     scale_and_minimum,
-    slope_and_offset,
-    strip_units,
+    strip_weights,
 )
 
 _BLOCK_N, _BLOCK_B = 4, 8
@@ -76,6 +76,7 @@ def _expand_kernel(
     places = (cols[:, None] * num_bundles + safe_bundles[None, :]) * 16
     places = places[:, :, None] + word[None, None, :]
     main, second, extra = load_words(main_ptr, extra_ptr, places, MAIN_BITS, EXTRA, EXPONENT_BITS)
+    factor *= growth_of(EXPONENT_BITS, HAS_TABLE)
     out_rows = out_ptr + rows.to(tl.int64) * num_inner
     for strip in tl.static_range(0, 8):
         if strip % SUB == 0:
@@ -87,13 +88,20 @@ def _expand_kernel(
                 ZERO,
                 HAS_MINIMA,
             )
-            slope, offset = slope_and_offset(
-                scale, minimum, MAIN_BITS + EXTRA, EXPONENT_BITS, HAS_TABLE
-            )
-        unit = strip_units(
-            main, second, extra, table_ptr, strip, MAIN_BITS, EXTRA, EXPONENT_BITS, HAS_TABLE
+        weight = strip_weights(
+            main,
+            second,
+            extra,
+            table_ptr,
+            scale[:, :, None],
+            minimum[:, :, None],
+            strip,
+            MAIN_BITS,
+            EXTRA,
+            EXPONENT_BITS,
+            HAS_TABLE,
         )
-        weight = (unit * slope[:, :, None] + offset[:, :, None]) * factor
+        weight *= factor
         k = bundles[:, None] * 128 + strip * 16 + word[None, :]
         tl.store(
             out_rows[:, None, None] + k[None, :, :],

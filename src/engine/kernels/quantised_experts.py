@@ -46,10 +46,10 @@ from engine.kernels.quantised_layout import CodePlanes
 from engine.kernels.quantised_tiles import ProductTiles, expert_product_tiles
 from engine.kernels.quantised_unpack import (
     group_of,
+    growth_of,
     load_words,
     scale_and_minimum,
-    slope_and_offset,
-    strip_units,
+    strip_weights,
 )
 
 _BLOCK = 1024
@@ -125,27 +125,29 @@ def _grouped_kernel(
                         ZERO,
                         HAS_MINIMA,
                     )
-                    slope, offset = slope_and_offset(
-                        scale, minimum, MAIN_BITS + EXTRA, EXPONENT_BITS, HAS_TABLE
-                    )
                 k = bundle * 128 + strip * 16
                 if EVEN_K:
                     x = tl.load(x_ptrs + k)
                 else:
                     x = tl.load(x_ptrs + k, mask=(k + word < num_inner)[None, :], other=0.0)
-                unit = strip_units(
+                weight = strip_weights(
                     main,
                     second,
                     extra,
                     table_ptr,
+                    scale[:, None],
+                    minimum[:, None],
                     strip,
                     MAIN_BITS,
                     EXTRA,
                     EXPONENT_BITS,
                     HAS_TABLE,
                 )
-                weight = (unit * slope[:, None] + offset[:, None]).to(x.dtype)
-                acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+                if x.dtype == tl.float16:
+                    weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
+                acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+        if x_ptr.dtype.element_ty != tl.float16:
+            factor *= growth_of(EXPONENT_BITS, HAS_TABLE)
         acc *= factor
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + stacked).to(tl.float32)[:, None]

@@ -36,10 +36,10 @@ from engine.kernels.quantised_layout import CodePlanes
 from engine.kernels.quantised_tiles import ProductTiles
 from engine.kernels.quantised_unpack import (
     group_of,
+    growth_of,
     load_words,
     scale_and_minimum,
-    slope_and_offset,
-    strip_units,
+    strip_weights,
 )
 
 
@@ -106,19 +106,27 @@ def _product_kernel(
                 scale, minimum = scale_and_minimum(
                     scales_ptr, minima_ptr, group * num_cols + safe_cols, ZERO, HAS_MINIMA
                 )
-                slope, offset = slope_and_offset(
-                    scale, minimum, MAIN_BITS + EXTRA, EXPONENT_BITS, HAS_TABLE
-                )
             k = bundle * 128 + strip * 16
             if EVEN_K:
                 x = tl.load(x_ptrs + k)
             else:
                 x = tl.load(x_ptrs + k, mask=(k + word < num_inner)[None, :], other=0.0)
-            unit = strip_units(
-                main, second, extra, table_ptr, strip, MAIN_BITS, EXTRA, EXPONENT_BITS, HAS_TABLE
+            weight = strip_weights(
+                main,
+                second,
+                extra,
+                table_ptr,
+                scale[:, None],
+                minimum[:, None],
+                strip,
+                MAIN_BITS,
+                EXTRA,
+                EXPONENT_BITS,
+                HAS_TABLE,
             )
-            weight = (unit * slope[:, None] + offset[:, None]).to(x.dtype)
-            acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+            if x.dtype == tl.float16:
+                weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
+            acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
 
     is_there = (rows < num_rows)[None, :] & (cols < num_cols)[:, None]
     wide_rows = rows.to(tl.int64)[None, :]
@@ -135,6 +143,8 @@ def _product_kernel(
             acc += tl.load(
                 part_ptrs + other * stride_part, mask=is_there, other=0.0, cache_modifier=".cg"
             )
+    if x_ptr.dtype.element_ty != tl.float16:
+        factor *= growth_of(EXPONENT_BITS, HAS_TABLE)
     acc *= factor
     if HAS_BIAS:
         acc += tl.load(bias_ptr + safe_cols).to(tl.float32)[:, None]

@@ -1,18 +1,18 @@
 """What the kernels over `CodePlanes` share: words to codes, codes to numbers.
 
-    weight = slope unit + offset
+Codes become float32 by bit operations alone, where a conversion takes a slower unit:
 
-A unit is a float32 whose bits are those of the code, put where they need the least work; `slope`
-and `offset` take back, once for a group, what that multiplies and adds:
+| codes               | float32                                                                    |
+|---------------------|----------------------------------------------------------------------------|
+| integers            | stay where they are in the word; what a mask leaves of it is a denormal    |
+|                     | number, code 2^(place - 149), and the scale is multiplied by the rest      |
+| small floats (e4m3, | sign, exponent and mantissa are put in their places: 2^(128 - 2^(E-1))     |
+| e2m1: E = 4 and 2)  | times too small, and denormal numbers stay denormal                        |
+| of a table          | the table's entry                                                          |
 
-| codes                | unit                                                              |
-|----------------------|-------------------------------------------------------------------|
-| integers             | 1 + code / 2^BITS: the code is the head of the mantissa           |
-| of a table           | the table's entry                                                 |
-| small floats (e4m3,  | sign, exponent and mantissa in their places, so 2^(128 - 2^(E-1)) |
-| e2m1: E = 4 and 2)   | times too small: denormal numbers stay denormal                   |
-
-One shift and one or two bitwise operations each, where a conversion takes a slower unit.
+So a weight of integers costs one bitwise operation and one multiplication, and every third word of
+4-bit codes a shift. 2^149 does not fit float32: weights of integers are made 2^36 times too small
+(`GROWTH`), which whoever uses them takes back from the sum.
 """
 
 # Kernels annotate their compile-time parameters only; the rest are Triton values.
@@ -54,33 +54,87 @@ def load_words(
 
 
 @triton.jit
-def strip_units(
+def strip_weights(
     main,
     second,
     extra,
     table_ptr,
+    scale,
+    minimum,
     STRIP: tl.constexpr,
     MAIN_BITS: tl.constexpr,
     EXTRA: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
 ):
-    """Of strip number STRIP the units, fp32; see the head of this module."""
-    PLACE: tl.constexpr = 8 * (STRIP % 4) if MAIN_BITS == 8 else MAIN_BITS * STRIP
+    """Weights of strip number STRIP, fp32, without the factor; of integers 2^36 times too small.
+
+    `scale` and `minimum` are those of the strip's groups, in a shape that fits the words.
+    """
     words = main
     if MAIN_BITS == 8 and STRIP >= 4:
         words = second
-    if EXPONENT_BITS > 0:
-        unit = float_bits(words, PLACE, MAIN_BITS, EXPONENT_BITS)
+    IN_WORD: tl.constexpr = STRIP % 4 if MAIN_BITS == 8 else STRIP
+    if HAS_TABLE:
+        weight = table_entries(words, extra, table_ptr, IN_WORD, STRIP, MAIN_BITS, EXTRA)
+        weight = weight * scale + minimum
+    elif EXPONENT_BITS > 0:
+        unit = float_bits(words, MAIN_BITS * IN_WORD, MAIN_BITS, EXPONENT_BITS)
+        weight = unit * (scale * (2.0 ** (128 - 2 ** (EXPONENT_BITS - 1))))
     else:
-        code = (words >> PLACE) & ((1 << MAIN_BITS) - 1)
+        slope = scale * 2.0 ** (149 - 36 - place_of(IN_WORD, MAIN_BITS))
+        weight = plane_bits(words, IN_WORD, MAIN_BITS) * slope + minimum * 2.0**-36
         if EXTRA > 0:
-            code |= ((extra >> (EXTRA * STRIP)) & ((1 << EXTRA) - 1)) << MAIN_BITS
-        if HAS_TABLE:
-            unit = tl.load(table_ptr + code)
-        else:
-            unit = ((code << (23 - MAIN_BITS - EXTRA)) | 0x3F800000).to(tl.float32, bitcast=True)
-    return unit
+            slope = scale * 2.0 ** (149 - 36 - place_of(STRIP, EXTRA) + MAIN_BITS)
+            weight += plane_bits(extra, STRIP, EXTRA) * slope
+    return weight
+
+
+@triton.jit
+def growth_of(EXPONENT_BITS: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """What weights of `strip_weights` must be multiplied by."""
+    growth = 1.0
+    if EXPONENT_BITS == 0 and not HAS_TABLE:
+        growth = 2.0**36
+    return growth
+
+
+@triton.constexpr_function
+def shift_of(strip, bits):
+    """How far words are shifted so that a strip's codes end below bit 23."""
+    if bits * (strip + 1) <= 23:
+        return 0
+    return 12 if bits == 4 else 16
+
+
+@triton.constexpr_function
+def place_of(strip, bits):
+    """Bit of the word at which `plane_bits` leaves a strip's codes."""
+    return bits * strip - shift_of(strip, bits)
+
+
+@triton.jit
+def plane_bits(words, STRIP: tl.constexpr, BITS: tl.constexpr):
+    """A plane's codes of a strip times 2^(place_of - 149), fp32."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << place_of(STRIP, BITS)
+    return ((words >> shift_of(STRIP, BITS)) & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def table_entries(
+    words,
+    extra,
+    table_ptr,
+    IN_WORD: tl.constexpr,
+    STRIP: tl.constexpr,
+    MAIN_BITS: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
+    """The table's entries for the codes of a strip."""
+    code = (words >> (MAIN_BITS * IN_WORD)) & ((1 << MAIN_BITS) - 1)
+    if EXTRA > 0:
+        code |= ((extra >> (EXTRA * STRIP)) & ((1 << EXTRA) - 1)) << MAIN_BITS
+    return tl.load(table_ptr + code)
 
 
 @triton.jit
@@ -101,21 +155,6 @@ def scale_and_minimum(scales_ptr, minima_ptr, places, ZERO: tl.constexpr, HAS_MI
     else:
         minimum = scale * -ZERO
     return scale, minimum
-
-
-@triton.jit
-def slope_and_offset(
-    scale, minimum, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, HAS_TABLE: tl.constexpr
-):
-    """What units are multiplied by, and what is added; see the head of this module."""
-    slope = scale
-    offset = minimum
-    if EXPONENT_BITS > 0:
-        slope = scale * (2.0 ** (128 - 2 ** (EXPONENT_BITS - 1)))
-    elif not HAS_TABLE:
-        slope = scale * (2.0**BITS)
-        offset = minimum - slope
-    return slope, offset
 
 
 @triton.jit

@@ -37,8 +37,10 @@ from engine.kernels.quantised_unpack import (
     float_bits,
     group_of,
     load_words,
+    place_of,
+    plane_bits,
     scale_and_minimum,
-    strip_units,
+    table_entries,
 )
 
 
@@ -58,36 +60,25 @@ def _add_strip(
 ):
     """`products` and those of strip number STRIP with x [BLOCK_B, 16], too small by `_growth`.
 
-    Codes stay where they are in the word. What a mask leaves of integers is, read as float32, a
-    denormal number, code 2^(place - 149); x is multiplied by the rest. So a code costs a bitwise
-    operation and a multiplication, and every third word a shift.
+    What codes lack in size (see `quantised_unpack`) x is multiplied by, once for all rows.
     """
+    words = main
+    if MAIN_BITS == 8 and STRIP >= 4:
+        words = second
+    IN_WORD: tl.constexpr = STRIP % 4 if MAIN_BITS == 8 else STRIP
     if HAS_TABLE:
-        unit = strip_units(main, second, extra, table_ptr, STRIP, MAIN_BITS, EXTRA, 0, True)
-        products += unit * x[:, None, :]
+        entry = table_entries(words, extra, table_ptr, IN_WORD, STRIP, MAIN_BITS, EXTRA)
+        products += entry * x[:, None, :]
+    elif EXPONENT_BITS > 0:
+        unit = float_bits(words, MAIN_BITS * IN_WORD, MAIN_BITS, EXPONENT_BITS)
+        products += unit * (x * 2.0**103)[:, None, :]
     else:
-        words = main
-        IN_WORD: tl.constexpr = STRIP % 4 if MAIN_BITS == 8 else STRIP
-        if MAIN_BITS == 8 and STRIP >= 4:
-            words = second
-        if EXPONENT_BITS > 0:
-            unit = float_bits(words, MAIN_BITS * IN_WORD, MAIN_BITS, EXPONENT_BITS)
-            products += unit * (x * 2.0**103)[:, None, :]
-        else:
-            products = _add_plane(products, words, x, IN_WORD, MAIN_BITS, 0)
+        lifted = x * 2.0 ** (149 - 46 - place_of(IN_WORD, MAIN_BITS))
+        products += plane_bits(words, IN_WORD, MAIN_BITS) * lifted[:, None, :]
         if EXTRA > 0:
-            products = _add_plane(products, extra, x, STRIP, EXTRA, MAIN_BITS)
+            lifted = x * 2.0 ** (149 - 46 - place_of(STRIP, EXTRA) + MAIN_BITS)
+            products += plane_bits(extra, STRIP, EXTRA) * lifted[:, None, :]
     return products
-
-
-@triton.jit
-def _add_plane(products, words, x, STRIP: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
-    """Add a plane's codes times x times 2^(EXPONENT - 46)."""
-    SHIFT: tl.constexpr = 0 if BITS * (STRIP + 1) <= 23 else (12 if BITS == 4 else 16)
-    PLACE: tl.constexpr = BITS * STRIP - SHIFT
-    codes = (words >> SHIFT) & (((1 << BITS) - 1) << PLACE)
-    lifted = x * 2.0 ** (149 - 46 - PLACE + EXPONENT)
-    return products + codes.to(tl.float32, bitcast=True) * lifted[:, None, :]
 
 
 @triton.jit
