@@ -3,7 +3,8 @@
 | rows            | kernel                                                                       |
 |-----------------|------------------------------------------------------------------------------|
 | 1               | `quantised_vector`                                                           |
-| up to 512       | `quantised_product`                                                          |
+| up to 128; 256, | `quantised_product`                                                          |
+| if it is large  |                                                                              |
 | more            | the weight is expanded a part at a time, in memory that stays in the L2      |
 |                 | cache, for the library's product                                             |
 | above 64, where | x is rounded to bytes for the library's product of bytes, `quantised_bytes`  |
@@ -22,8 +23,7 @@ from engine.kernels.quantised_expand import expand_rows
 from engine.kernels.quantised_layout import CodePlanes
 from engine.kernels.quantised_product import matrix_product
 from engine.kernels.quantised_tiles import (
-    MOST_ROWS_OF_TILES,
-    MOST_ROWS_OF_TILES_BEFORE_BYTES,
+    MOST_ROWS_BEFORE_BYTES,
     invariant_tiles,
     product_tiles,
 )
@@ -55,10 +55,10 @@ def quantised_linear(
         matrix_product(x, weight, bias, out, invariant_tiles(x.dtype))
     elif num_rows == 1:
         vector_product(x, weight, bias, out)
-    elif weight.multiplies_bytes and num_rows > MOST_ROWS_OF_TILES_BEFORE_BYTES:
+    elif weight.multiplies_bytes and num_rows > MOST_ROWS_BEFORE_BYTES:
         bytes_product(x, weight, bias, out)
-    elif num_rows <= MOST_ROWS_OF_TILES:
-        matrix_product(x, weight, bias, out, product_tiles(num_rows, weight, x.dtype))
+    elif (tiles := product_tiles(num_rows, weight, x.dtype)) is not None:
+        matrix_product(x, weight, bias, out, tiles)
     else:
         _expanded_product(x, weight, bias, out)
     return out

@@ -8,8 +8,6 @@ import torch
 
 from engine.kernels.quantised_layout import CodePlanes
 
-_PROCESSORS = 132
-
 
 @dataclass(frozen=True, slots=True)
 class VectorTiles:
@@ -47,31 +45,47 @@ class ProductTiles:
 
 _WIDE = ProductTiles(16, 32, num_stages=2)
 """For float32: without tensor cores smaller tiles keep registers free."""
-MOST_ROWS_OF_TILES = 512
-"""Rows beyond which a weight is expanded for the library's product."""
-
-MOST_ROWS_OF_TILES_BEFORE_BYTES = 64
+MOST_ROWS_BEFORE_BYTES = 64
 """Rows beyond which x is rounded to bytes, where it may be."""
+_MOST_SPLIT = 8
+# Rows of x -> (block_m, block_n, warps, programs that a product should have at least).
+_MEASURED = (
+    (16, (16, 64, 4, 500)),
+    (32, (32, 128, 4, 400)),
+    (64, (64, 128, 8, 190)),
+    (256, (128, 128, 8, 96)),
+)
+_MANY_ROWS = 128
+_LARGE_WEIGHT = 40 << 20
+"""Numbers of a weight from which tiles are faster than expansion up to 256 rows."""
 
 
 def vector_tiles(weight: CodePlanes) -> VectorTiles:
     """Tiles of a product of one row."""
-    return VectorTiles(8, min(32, 1 << (weight.num_bundles - 1).bit_length()))
+    most_bundles = 1 << (weight.num_bundles - 1).bit_length()
+    block_n = (
+        8 if weight.bits == 8 or weight.strips_per_scale < 8 or weight.table is not None else 4
+    )
+    return VectorTiles(block_n, min(16, most_bundles), 2)
 
 
-def product_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles:
-    """Tiles of a product of several rows of x of `dtype`."""
+def product_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles | None:
+    """Tiles of a product of several rows of x of `dtype`; None where it is better expanded."""
     if dtype == torch.float32:
         return _WIDE
-    block_m = 16
-    while block_m < min(num_rows, 128):
-        block_m *= 2
-    block_n = 64 if block_m <= 32 else 128
-    tiles = -(-num_rows // block_m) * -(-weight.shape[0] // block_n)
+    num_cols, num_inner = weight.shape
+    is_large = num_cols * num_inner >= _LARGE_WEIGHT
+    found = next((tiles for most_rows, tiles in _MEASURED if num_rows <= most_rows), None)
+    if found is None or (num_rows > _MANY_ROWS and not is_large):
+        return None
+    block_m, block_n, num_warps, fewest = found
+    if weight.bits == 8:
+        fewest //= 2
+    tiles = -(-num_rows // block_m) * -(-num_cols // block_n)
     split = 1
-    while tiles * split < 2 * _PROCESSORS and weight.num_bundles >= 8 * split:
+    while tiles * split < fewest and split < min(_MOST_SPLIT, weight.num_bundles):
         split *= 2
-    return ProductTiles(block_m, block_n, split, 4, 4 if block_n * block_m <= 8192 else 8)
+    return ProductTiles(block_m, block_n, split, 3, num_warps)
 
 
 def expert_product_tiles(num_places: int, num_experts: int, dtype: torch.dtype) -> ProductTiles:

@@ -45,6 +45,17 @@ from engine.kernels.quantised_unpack import (
 
 
 @triton.jit
+def _load_strip(x_ptr, bundles, STRIP: tl.constexpr, word, num_inner, EVEN_K: tl.constexpr):
+    """X of a strip of the bundles, [BLOCK_B, 16] fp32, zero beyond K."""
+    k = bundles[:, None] * 128 + STRIP * 16 + word[None, :]
+    if EVEN_K:
+        x = tl.load(x_ptr + k)
+    else:
+        x = tl.load(x_ptr + k, mask=k < num_inner, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _add_strip(
     products,
     main,
@@ -135,14 +146,17 @@ def _vector_kernel(
             main_ptr, extra_ptr, places, MAIN_BITS, EXTRA, EXPONENT_BITS
         )
         for part in tl.static_range(0, 8, SUB):
+            # The sum of x comes first: what it subtracts is then where the products start, and
+            # costs nothing. The loads below are the same ones again, which the compiler drops.
             products = tl.zeros([BLOCK_B, BLOCK_N, 16], tl.float32)
             x_sum = tl.zeros([BLOCK_B, 16], tl.float32)
+            if HAS_MINIMA or ZERO != 0:
+                for strip in tl.static_range(part, part + SUB):
+                    x_sum += _load_strip(x_ptr, bundles, strip, word, num_inner, EVEN_K)
+            if not HAS_MINIMA and ZERO != 0:
+                products += x_sum[:, None, :] * (-ZERO * 2.0**-46)
             for strip in tl.static_range(part, part + SUB):
-                k = bundles[:, None] * 128 + strip * 16 + word[None, :]
-                if EVEN_K:
-                    x = tl.load(x_ptr + k).to(tl.float32)
-                else:
-                    x = tl.load(x_ptr + k, mask=k < num_inner, other=0.0).to(tl.float32)
+                x = _load_strip(x_ptr, bundles, strip, word, num_inner, EVEN_K)
                 products = _add_strip(
                     products,
                     main,
@@ -156,7 +170,6 @@ def _vector_kernel(
                     EXPONENT_BITS,
                     HAS_TABLE,
                 )
-                x_sum += x
             group = group_of(safe_bundles, part, num_groups, GROUP)
             places_of_scales = group[:, None] * num_cols + safe_cols[None, :]
             scale, minimum = scale_and_minimum(
@@ -164,7 +177,7 @@ def _vector_kernel(
             )
             scale *= _growth(EXPONENT_BITS, HAS_TABLE)
             acc += scale[:, :, None] * products
-            if HAS_MINIMA or ZERO != 0:
+            if HAS_MINIMA:
                 acc += minimum[:, :, None] * x_sum[:, None, :]
     y = tl.sum(tl.sum(acc, axis=2), axis=0) * factor
     if HAS_BIAS:
