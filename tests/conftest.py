@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,16 @@ import pytest
 
 if TYPE_CHECKING:
     from engine import Engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_shared_engine_is_left() -> Iterator[None]:
+    """Engines that a module's objects share end with the module, like any other of its state."""
+    yield
+    loaded = sys.modules.get("engine.engine")
+    for entry in list(loaded._shared_engines._entries.values()) if loaded else ():
+        while entry.engine is not None:
+            entry.engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,14 @@ the process-wide engine with exactly these options.
 
 All leases of one config share one reference. It stays when an object that used it is garbage
 collected, because the next one may be a microsecond away. It goes back when `close` is called on
-a lease and no other living lease uses it any more.
+a lease and no other living lease uses it any more, or when the same model is asked for with other
+options and no living lease uses it: an engine that nobody could close must not be in the way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import weakref
 from collections.abc import Mapping
@@ -146,6 +148,7 @@ class _References:
             return known
         from engine import Engine
 
+        self._drop_unused(lease.config)
         # Outside the lock: another model must not wait for this one. Two threads that want this
         # one meet in `Engine.shared`, which loads once and counts twice.
         engine = Engine.shared(lease.config.model, **lease.options)
@@ -167,6 +170,27 @@ class _References:
             reference.users.add(lease)
             return reference.engine
 
+    def _drop_unused(self, wanted: EngineConfig) -> None:
+        """Give back references to the same model with other options that no living lease uses."""
+
+        def in_the_way() -> dict[EngineConfig, _Reference]:
+            return {
+                config: reference
+                for config, reference in self._by_config.items()
+                if config != wanted and _model_of(config) == _model_of(wanted)
+            }
+
+        with self._lock:
+            if not in_the_way():
+                return
+        gc.collect()  # an object in a cycle, as a failed test leaves one, is gone as well
+        with self._lock:
+            unused = {key: found for key, found in in_the_way().items() if not found.users}
+            for config in unused:
+                del self._by_config[config]
+        for reference in unused.values():
+            reference.engine.close()
+
     def release(self, lease: EngineLease, *, drain: bool, timeout: float | None) -> None:
         with self._lock:
             reference = self._by_config.get(lease.config)
@@ -180,6 +204,11 @@ class _References:
 
 
 _REFERENCES = _References()
+
+
+def _model_of(config: EngineConfig) -> tuple[str, str | None, str]:
+    """What `Engine.shared` loads once: a model may generate and embed side by side."""
+    return config.model, config.revision, config.task
 
 
 def _non_default_options(config: EngineConfig) -> dict[str, Any]:

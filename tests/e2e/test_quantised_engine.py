@@ -57,15 +57,17 @@ def test_greedy_answers_are_transformers_on_the_dequantised_weights(tmp_path: Pa
     assert list(found) == answer[0, len(PROMPT) :].tolist()
 
 
-def test_too_large_a_model_is_refused_by_what_its_codes_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free", "said"), [(1 << 10, "0.00"), (1 << 30, "1.00")])
+def test_too_large_a_model_is_refused_by_what_weights_and_cache_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, said: str
 ) -> None:
+    """Too large for the weights alone, and for the cache beside them."""
     folder, _ = quantised(tmp_path / "m")
-    monkeypatch.setattr(MEMORY, lambda: 1 << 10)
+    monkeypatch.setattr(MEMORY, lambda: free)
     with pytest.raises(CapacityError) as caught:
         Engine(str(folder), device="cpu", dtype="float32", kv_cache_memory_bytes=3 << 29)
     message = str(caught.value)
-    assert "this machine has 0.00 GiB free" in message
+    assert f"this machine has {said} GiB free" in message
     assert "and the smallest KV cache 1.50 GiB" in message
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.layers.quantised_codes import QuantisedCodes
+from engine.layers.quantised_eight import QuantisedEight
 from engine.layers.quantised_linear import QuantisedLinear, StepRows
 from engine.layers.quantised_weights import (
     EightBitWeight,
@@ -175,3 +176,43 @@ def test_a_mixed_step_gives_each_row_the_product_of_its_phase() -> None:
     rows.num_decodes = 0
     assert torch.equal(linear(x), weight.of_prompts(x) + bias)
     assert torch.equal(QuantisedLinear(weight, bias, None)(x), weight.of_decoding(x) + bias)
+
+
+@pytest.mark.parametrize("kind", ["eights of rows", "eights of one scale", "codes of rows"])
+def test_bytes_with_one_scale_a_row_stay_as_they_are(kind: str) -> None:
+    """Not rounded again: their largest code need not be 127."""
+    codes, _ = eight_bit_parts(64, 64)
+    codes = codes // 2
+    scales = torch.rand(64, 1, generator=torch.Generator().manual_seed(9)) + 0.1
+    chunk: QuantisedCodes | QuantisedEight
+    if kind == "eights of rows":
+        chunk = QuantisedEight(codes, (1, 64), scales)
+    elif kind == "eights of one scale":
+        scales = scales[:1]
+        chunk = QuantisedEight(codes, (64, 64), scales)
+    else:
+        unsigned = (codes ^ -128).view(torch.uint8)
+        chunk = QuantisedCodes(8, 64, unsigned, scales, scales * -128.0)
+    weight = EightBitWeight(64, 64, [chunk], torch.float32)
+    assert torch.equal(weight.row_scales, scales[:, 0].expand(64))
+    # One-hot rows are exact, so the product shows the weight.
+    shown = weight(torch.eye(64), 0)
+    torch.testing.assert_close(shown, (codes * scales).T.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("values", ["float8", "table"])
+def test_other_numbers_are_rounded_to_bytes_of_a_row(values: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    if values == "float8":
+        numbers = torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn)
+        chunk: QuantisedCodes | QuantisedEight = QuantisedEight(
+            numbers, (32, 16), torch.rand(2, 4, generator=generator) + 0.5
+        )
+    else:
+        codes = torch.randint(0, 16, (64, 64), generator=generator).to(torch.uint8)
+        table = torch.randn(16, generator=generator)
+        chunk = QuantisedCodes(4, 16, codes, torch.rand(64, 4, generator=generator), None, table)
+    expected = chunk.expand()
+    shown = EightBitWeight(64, 64, [chunk], torch.float32)(torch.eye(64), 0).T
+    step = expected.abs().amax(-1, keepdim=True) / 127
+    assert ((shown - expected).abs() <= 0.5001 * step).all()

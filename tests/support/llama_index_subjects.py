@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from llama_index_fake_engine import CHATML, FakeEngine
 from tiny_checkpoints import write_tiny_llama
 
 from engine import Engine
-from llm_connectors.llama_index import LocalLLM
+from llm_connectors.llama_index import LocalEmbedding, LocalLLM
 from llm_connectors.testing.llama_index import Subject
 
 
@@ -22,21 +23,47 @@ def tiny_folder() -> str:
     return str(write_tiny_llama(tempfile.mkdtemp(), max_position_embeddings=8192))
 
 
+def tiny_engine(placement: str = "thread") -> Engine:
+    """One for each placement, made when first asked for."""
+    return _engine_in(placement)
+
+
 @functools.cache
-def tiny_engine() -> Engine:
-    return Engine(tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64)
+def _engine_in(placement: str) -> Engine:
+    engine = Engine(
+        tiny_folder(), device="cpu", num_threads=1, max_num_seqs=64, placement=placement
+    )
+    submit, submit_many = engine.submit, engine.submit_many
+
+    def submit_and_remember(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        last_sent[:] = prompt
+        return submit(prompt, *args, **kwargs)
+
+    def submit_many_and_remember(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        last_sent[:] = prompts[-1]
+        return submit_many(prompts, *args, **kwargs)
+
+    engine.submit = submit_and_remember  # type: ignore[method-assign]
+    engine.submit_many = submit_many_and_remember  # type: ignore[method-assign]
+    return engine
 
 
-def tiny() -> Subject:
+last_sent: list[int] = []
+
+
+def tiny(max_tokens: int = 96, placement: str = "thread") -> Subject:
     """`LocalLLM` on a random Llama: real tokens, constraints and KV blocks."""
-    engine = tiny_engine()
-    llm = LocalLLM(engine=engine, max_tokens=96, temperature=0.0, tool_parser="hermes")
+    engine = tiny_engine(placement)
     return Subject(
-        llm,
+        LocalLLM(engine=engine, max_tokens=max_tokens, temperature=0.0, tool_parser="hermes"),
         running=lambda: engine.stats().running + engine.stats().waiting,
         peak=lambda: engine.stats().peak_running,
+        admitted=lambda: engine.stats().prompt_tokens,
+        blocks=lambda: engine.stats().kv_blocks_used,
         prompt_ids=prompt_ids,
-        reopen=lambda: LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8),
+        sent_ids=lambda: list(last_sent),
+        empty={"logit_bias": {engine.tokenizer.eos_token_id: 100.0}},
+        factory="llama_index_subjects:tiny",
     )
 
 
@@ -45,8 +72,30 @@ CLOSABLE: dict[str, Any] = {"device": "cpu", "num_threads": 1}
 
 def closable() -> Subject:
     """`LocalLLM` on an engine of its own that may be closed."""
-    made = tiny()
-    made.llm = LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8)
+    llm = LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8)
+    started = weakref.ref(llm.engine)
+    return Subject(
+        llm,
+        running=lambda: started().stats().running,  # type: ignore[union-attr]
+        memory=lambda: 0 if started() is None else 1,
+        reopen=lambda: LocalLLM(tiny_folder(), engine_kwargs=CLOSABLE, max_tokens=8),
+        factory="llama_index_subjects:closable",
+    )
+
+
+QUERY_PROMPT, TEXT_PROMPT = "query: ", "passage: "
+
+
+def embedding(engine: Engine, cls: type[Any] = LocalEmbedding) -> Subject:
+    """An embedding model on `engine`, with prompts."""
+    made = scripted()
+    if issubclass(cls, LocalEmbedding):
+        made.embedding = cls(engine=engine, query_prompt=QUERY_PROMPT, text_prompt=TEXT_PROMPT)
+    else:
+        made.embedding = cls(embed_dim=2)
+    made.embedding_prompts = (QUERY_PROMPT, TEXT_PROMPT)
+    made.plain_embedding = lambda text: engine.embed(text, prompt="").tolist()
+    made.embedding_steps = lambda: engine.stats().steps
     return made
 
 

@@ -13,15 +13,9 @@ from engine.kernels import persistent_decode as kernel
 from engine.kernels.attention_tiles import num_multiprocessors, score_factors
 from engine.kernels.metadata import AttentionMetadata
 
-USES_ONE_LAUNCH = True
-"""Whether a step of one token runs all layers in one launch; otherwise the kernels for few rows.
-
-Off until whole engines have been timed and tested with it; see "To check on a GPU first" in
-docs/KERNELS.md.
-"""
-
 _LAST_EPOCH = 2**30
-_SMALL_HIDDEN = 1024
+_TILES_OF_HIDDEN = ((768, 8192), (1024, 16384))
+"""Hidden size up to which programs load so many weights at once; 32768 beyond."""
 _MAX_BLOCK = 16384
 """Entries of the longest row of x that a program has registers for."""
 
@@ -76,8 +70,8 @@ class PersistentTiles:
     Attributes:
         num_warps: Warps per program.
         programs_per_processor: Programs that share a multiprocessor.
-        tile_values: Weights that a program loads at once. None: 16384 for hidden sizes up to 1024,
-            where a layer takes as long for its code as for its bytes, and 32768 beyond.
+        tile_values: Weights that a program loads at once. None: as `_TILES_OF_HIDDEN` says, fewer
+            where a layer takes as long for its code as for its bytes.
         short_values: Entries of keys of a split of a short sequence, read by each query head.
         short_keys: Keys up to which a sequence is short: from long_split on, and at most
             max_splits tiles.
@@ -90,7 +84,7 @@ class PersistentTiles:
     num_warps: int = 8
     programs_per_processor: int = 1
     tile_values: int | None = None
-    short_values: int = 8192
+    short_values: int = 16384
     short_keys: int = 1024
     long_block: int = 128
     long_split: int = 512
@@ -242,8 +236,8 @@ class PersistentStep:
                 ("inner", shape.intermediate_size),
             )
         }
-        is_small = shape.hidden_size <= _SMALL_HIDDEN
-        tile_values = tiles.tile_values or (16384 if is_small else 32768)
+        by_size = (values for most, values in _TILES_OF_HIDDEN if shape.hidden_size <= most)
+        tile_values = tiles.tile_values or next(by_size, 32768)
         pairs = {}
         for name, num_rows, block, num_weights in (
             ("QKV", shape.qkv_size, blocks["hidden"], 1),

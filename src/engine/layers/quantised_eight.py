@@ -65,5 +65,6 @@ class QuantisedEight:
         """The numbers, new [N, K] float32: the reference of products."""
         num_rows, num_columns = self.shape
         scales = self.scales.repeat_interleave(self.tile[0], 0)[:num_rows]
-        scales = scales.repeat_interleave(self.tile[1], 1)[:, :num_columns]
-        return self.values.float() * scales
+        if self.scales.shape[1] > 1:
+            scales = scales.repeat_interleave(self.tile[1], 1)[:, :num_columns]
+        return self.values.float().mul_(scales)

@@ -199,7 +199,7 @@ class GGUFMatrix(StoredRows):
 
     def __init__(self, encoded: npt.NDArray[np.uint8], type_name: str, num_heads: int = 0) -> None:
         self._encoded = encoded
-        self.type_name = type_name
+        self._type_name = type_name
         _, _, numbers, num_bytes, _, _ = _TYPES[type_name]
         rows, bytes_per_row = encoded.shape
         order = None
@@ -207,17 +207,12 @@ class GGUFMatrix(StoredRows):
             order = torch.arange(rows).view(num_heads, -1, 2).transpose(1, 2).flatten()
         super().__init__((rows, bytes_per_row // num_bytes * numbers), order)
 
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return BITS_OF_TYPE[self.type_name]
-
     def unpack(self, rows: slice | torch.Tensor, device: torch.device) -> QuantisedWeight:
         """See `StoredRows.unpack`."""
         chosen = rows if isinstance(rows, slice) else rows.numpy()
         # torch warns about memory it must not write to, hence the copy.
         encoded = torch.from_numpy(np.array(self._encoded[chosen])).to(device)
-        return split_blocks(encoded, self.type_name)
+        return split_blocks(encoded, self._type_name)
 
 
 def split_blocks(encoded: torch.Tensor, type_name: str) -> QuantisedCodes:

@@ -41,21 +41,13 @@ def read_quantisation(config: Mapping[str, Any]) -> QuantisationConfig | None:
         return None
     values = QuantisationValues(found)
     method = values.method()
-    readers = {
-        "gptq": _gptq,
-        "awq": _awq,
-        "compressed-tensors": compressed_rules,
-        "fp8": _fp8,
-        "bitsandbytes": _bitsandbytes,
-        "mxfp4": _mxfp4,
-    }
-    if method not in readers:
+    if method not in METHODS:
         msg = (
             f"config.json: quantization_config.quant_method is {method!r}; the engine runs "
-            f"{', '.join(readers)}, and GGUF files. Use a checkpoint in one of these formats."
+            f"{', '.join(METHODS)}, and GGUF files. Use a checkpoint in one of these formats."
         )
         raise UnsupportedModelError(msg)
-    return QuantisationConfig(method, readers[method](values))
+    return QuantisationConfig(method, METHODS[method](values))
 
 
 def _gptq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
@@ -68,7 +60,6 @@ def _gptq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
         layout="gptq",
         bits=values.one_of("bits", (2, 3, 4, 8)),
         group=values.group_size("group_size"),
-        is_symmetric=values.flag("sym", True),
         zeros_less_one=kind == "gptq",
     )
     skips = values.names("modules_to_not_convert")
@@ -100,7 +91,6 @@ def _awq(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
         layout="awq",
         bits=values.one_of(bits_key, (4,)),
         group=values.group_size(group_key),
-        is_symmetric=not values.flag("zero_point", True),  # zero points are there all the same
     )
     return _all_but(values.names("modules_to_not_convert"), scheme)
 
@@ -147,6 +137,17 @@ def _mxfp4(values: QuantisationValues) -> Callable[[str], WeightScheme | None]:
 
 def _all_but(skips: tuple[str, ...], scheme: WeightScheme) -> Callable[[str], WeightScheme | None]:
     return lambda module: None if names_module(skips, module) else scheme
+
+
+METHODS: Mapping[str, Callable[[QuantisationValues], Callable[[str], WeightScheme | None]]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": compressed_rules,
+    "fp8": _fp8,
+    "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
+}
+"""`quant_method` -> what reads the rest of the object."""
 
 
 def names_module(patterns: tuple[str, ...], module: str) -> bool:

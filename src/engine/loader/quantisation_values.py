@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,8 +77,10 @@ class QuantisationValues:
         return value
 
     def two_sizes(self, key: str) -> tuple[int, int]:
-        """A list of two positive integers."""
+        """Two positive integers: a list, or "128x128" as older files of compressed-tensors say."""
         value = self._values.get(key)
+        if isinstance(value, str) and re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
+            value = [int(size) for size in value.split("x")]
         sizes = value if isinstance(value, list | tuple) else ()
         if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise self.error(key, value, "a list of two positive integers")

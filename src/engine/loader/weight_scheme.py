@@ -16,7 +16,8 @@ class WeightScheme:
         bits: Of a code.
         group: Columns that share a scale; 0 for all of a row.
         tile: Of "eight": rows and columns that share a scale, 0 for all of them.
-        is_symmetric: Whether the zero point is the middle of the codes.
+        is_symmetric: Of "packed" and "eight": whether the zero point is the middle of the codes, so
+            that none is stored. GPTQ and AWQ store theirs in any case.
         zeros_less_one: Of "gptq": stored zero points are one too small (its first format).
         is_float: Of "eight": float8 e4m3, else int8.
         activations: As in `layers.quantised_eight.Activations`.

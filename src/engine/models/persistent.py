@@ -9,7 +9,6 @@ import torch
 
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.persistent_step import (
-    USES_ONE_LAUNCH,
     PersistentShape,
     PersistentStep,
     PersistentTiles,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 def is_alone(metadata: AttentionMetadata) -> bool:
     """Whether a step is one decoding sequence, or a row of padding, that shares nothing."""
     rows = (metadata.num_decodes, metadata.num_seqs, metadata.positions.shape[0])
-    return USES_ONE_LAUNCH and rows == (1, 1, 1) and metadata.shared_prefixes is None
+    return rows == (1, 1, 1) and metadata.shared_prefixes is None
 
 
 def persistent_step(

@@ -33,7 +33,12 @@ from llm_connectors.llama_index.errors import (
 from llm_connectors.llama_index.extractors import ExtractorGroup, TitleExtractor
 from llm_connectors.llama_index.llm_rerank import LLMRerank
 from llm_connectors.llama_index.local_llm import LocalLLM
-from llm_connectors.llama_index.queries import aquery_many, query_many
+from llm_connectors.llama_index.queries import (
+    aquery_many,
+    aretrieve_many,
+    query_many,
+    retrieve_many,
+)
 from llm_connectors.llama_index.rerank import LocalRerank
 from llm_connectors.llama_index.settings import configure_settings, offline_sentence_splitter
 from llm_connectors.llama_index.shared_prefix import with_shared_prefix
@@ -54,10 +59,12 @@ __all__ = [
     "TitleExtractor",
     "UnsupportedBlockError",
     "aquery_many",
+    "aretrieve_many",
     "batched",
     "configure_settings",
     "offline_sentence_splitter",
     "query_many",
+    "retrieve_many",
     "with_shared_prefix",
 ]
 

@@ -1,21 +1,26 @@
-"""Many queries at once: what LlamaIndex lacks and a batching engine lives on."""
+"""Many queries or retrievals at once: what LlamaIndex lacks and a batching engine lives on."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.response.schema import RESPONSE_TYPE
-from llama_index.core.schema import QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from llm_connectors.llama_index.errors import RequestError
 from llm_connectors.llama_index.loop_thread import run_in_loop_thread
 
+T = TypeVar("T")
+Query = str | QueryBundle
+
 
 async def aquery_many(
     query_engine: BaseQueryEngine,
-    queries: Sequence[str | QueryBundle],
+    queries: Sequence[Query],
     *,
     concurrency: int = 64,
 ) -> list[RESPONSE_TYPE]:
@@ -34,27 +39,12 @@ async def aquery_many(
         RequestError: `concurrency` is below 1.
         Exception: What the first failing query raised; the others are cancelled.
     """
-    if concurrency < 1:
-        msg = f"concurrency={concurrency} must be >= 1."
-        raise RequestError(msg)
-    slots = asyncio.Semaphore(concurrency)
-
-    async def answer(query: str | QueryBundle) -> RESPONSE_TYPE:
-        async with slots:
-            return await query_engine.aquery(query)
-
-    tasks = [asyncio.ensure_future(answer(query)) for query in queries]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await _side_by_side(query_engine.aquery, queries, concurrency)
 
 
 def query_many(
     query_engine: BaseQueryEngine,
-    queries: Sequence[str | QueryBundle],
+    queries: Sequence[Query],
     *,
     concurrency: int = 64,
 ) -> list[RESPONSE_TYPE]:
@@ -64,3 +54,51 @@ def query_many(
     the answers are there.
     """
     return run_in_loop_thread(lambda: aquery_many(query_engine, queries, concurrency=concurrency))
+
+
+async def aretrieve_many(
+    retriever: BaseRetriever, queries: Sequence[Query], *, concurrency: int = 64
+) -> list[list[NodeWithScore]]:
+    """The nodes found for each of `queries`, in order, from `retriever.aretrieve` side by side.
+
+    The vectors of the queries share the batches of a `LocalEmbedding`'s engine.
+
+    Args:
+        retriever: Any retriever. Those whose store has no async search look into it one after the
+            other.
+        queries: Strings or bundles.
+        concurrency: Retrievals in flight at most, >= 1.
+
+    Raises:
+        RequestError: `concurrency` is below 1.
+        Exception: What the first failing retrieval raised; the others are cancelled.
+    """
+    return await _side_by_side(retriever.aretrieve, queries, concurrency)
+
+
+def retrieve_many(
+    retriever: BaseRetriever, queries: Sequence[Query], *, concurrency: int = 64
+) -> list[list[NodeWithScore]]:
+    """`aretrieve_many` for sync code, as `query_many`."""
+    return run_in_loop_thread(lambda: aretrieve_many(retriever, queries, concurrency=concurrency))
+
+
+async def _side_by_side(
+    ask: Callable[[Query], Awaitable[T]], queries: Sequence[Query], concurrency: int
+) -> list[T]:
+    if concurrency < 1:
+        msg = f"concurrency={concurrency} must be >= 1."
+        raise RequestError(msg)
+    slots = asyncio.Semaphore(concurrency)
+
+    async def answer(query: Query) -> T:
+        async with slots:
+            return await ask(query)
+
+    tasks = [asyncio.ensure_future(answer(query)) for query in queries]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

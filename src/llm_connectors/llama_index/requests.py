@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine import Delta, EngineError, RequestTimeoutError
 from llm_connectors.llama_index.errors import ERRORS
@@ -47,6 +47,7 @@ class PendingAnswer:
         self._model_name = model_name
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def abort(self) -> None:
         """Give up; nothing happens to a request that is done."""
@@ -100,7 +101,7 @@ class PendingAnswer:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._handle.abort()
+            self._give_up()
 
     async def _stream_async(self, convert: Callable[[Answer], T]) -> AsyncGenerator[T, None]:
         answers = GrowingAnswer(self._handle.request_id, self._model_name, self._reader)
@@ -117,12 +118,20 @@ class PendingAnswer:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._handle.abort()
+            self._give_up()
 
     def _abort_when_dropped(self, stream: T) -> T:
         # A generator that was never started runs no `finally` when it is dropped.
-        weakref.finalize(stream, self._handle.abort).atexit = False
+        self._finalizer = weakref.finalize(stream, self._handle.abort)
+        self._finalizer.atexit = False
         return stream
+
+    def _give_up(self) -> None:
+        self._handle.abort()
+        # A failed request's error leads, by its traceback, back to the stream: with the finalizer
+        # in place that would keep itself, and the engine, for ever.
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
     def _remaining(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())

@@ -82,8 +82,18 @@ def configure_settings(
             installed model. Default: `llm.max_tokens`.
 
     Raises:
-        ConfigError: The context window has no room for a prompt beside the answer.
+        ConfigError: The context window has no room for a prompt beside the answer, or `llm` or
+            `embed` is something else.
     """
+    if not isinstance(llm, LocalLLM):
+        msg = f"llm is a {type(llm).__name__}, not a LocalLLM. Pass LocalLLM('<model>')."
+        raise ConfigError(msg)
+    if embed is not None and not isinstance(embed, str | BaseEmbedding):
+        msg = (
+            f"embed is a {type(embed).__name__}, neither an embedding model nor the name of one "
+            "such as 'all-minilm-l6-v2'."
+        )
+        raise ConfigError(msg)
     if num_output is not None:
         llm = llm.with_options(max_tokens=num_output)
     metadata = llm.metadata

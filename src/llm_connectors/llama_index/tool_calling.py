@@ -45,7 +45,8 @@ class ToolCalling(EngineBackedLLM):
             tool_required: The answer must be a call; held to it while it is written.
             tool_choice: As in the OpenAI API: "auto", "none", "required", a tool's name or a dict
                 with one. Wins over `tool_required`.
-            strict: Accepted: the arguments of a forced call always fit the tool's schema.
+            strict: False leaves calls that the model makes by itself unconstrained. Otherwise
+                their arguments fit the tool's schema, as those of a forced call always do.
             **kwargs: Further options of the call.
         """
         messages = list(chat_history or [])

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,6 +251,32 @@ def test_closed_engine_fails_waiting_and_later_calls() -> None:
             waiting.result(5)
     with pytest.raises(engine.EngineClosedError):
         llm.chat(USER)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_that_failed_is_freed_with_its_engine(is_async: bool) -> None:
+    """The error of a request leads, by its traceback, to the stream that raised it."""
+    failed = engine_of_a_failed_stream(is_async)
+    gc.collect()
+    assert failed() is None
+
+
+def engine_of_a_failed_stream(is_async: bool) -> weakref.ref[FakeEngine]:
+    fake = slow_fake()
+    llm = slow_llm(fake)
+
+    async def drain_async() -> None:
+        async for _ in await llm.astream_chat(USER):
+            fake.close()
+
+    def drain() -> None:
+        for _ in llm.stream_chat(USER):
+            fake.close()
+
+    with pytest.raises(engine.EngineClosedError):
+        asyncio.run(drain_async()) if is_async else drain()
+    fake._thread.join(5)
+    return weakref.ref(fake)
 
 
 def test_failing_batch_member_aborts_the_others() -> None:

@@ -6,11 +6,13 @@ import asyncio
 import copy
 import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +78,24 @@ def test_close_leaves_the_engine_to_others_who_use_it(shared_fakes: type[FakeEng
     assert not second.engine.is_closed
     second.close()
     assert shared_fakes._shared["fake"].is_closed
+
+
+def test_an_engine_that_nobody_uses_is_not_in_the_way(tiny_llama: Path) -> None:
+    def make(**options: Any) -> LocalLLM:
+        return LocalLLM(str(tiny_llama), engine_kwargs={"num_threads": 1, **options})
+
+    used = make(device="cpu")
+    first = used.engine
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        make(device="cpu", max_num_seqs=3).load()
+    assert not first.is_closed
+    # Nobody can close it any more: the object is gone, and was part of a cycle.
+    used.additional_kwargs["itself"] = used
+    del used
+    other = make(device="cpu", max_num_seqs=3).load()
+    assert first.is_closed
+    assert other.engine.config.max_num_seqs == 3
+    other.close()
 
 
 def test_engine_passed_in_is_left_running(fake: FakeEngine) -> None:
@@ -183,6 +203,45 @@ def test_a_pickle_from_another_process_names_the_problem(fake: FakeEngine) -> No
         with pytest.raises(ForeignProcessError):
             asyncio.run(other.achat(USER))
     assert not issubclass(ForeignProcessError, ValueError | TypeError | RuntimeError)
+
+
+def test_a_pipeline_with_processes_fails_instead_of_loading_more_engines(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """`num_workers` of a pipeline pickles the model into spawned processes; it must not hang."""
+    script = tmp_path / "pipeline.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            from llama_index.core.extractors import KeywordExtractor
+            from llama_index.core.ingestion import IngestionPipeline
+            from llama_index.core.schema import TextNode
+            from llm_connectors.llama_index import ForeignProcessError, LocalLLM
+
+            if __name__ == "__main__":
+                options = {{"device": "cpu", "num_threads": 1}}
+                llm = LocalLLM({str(tiny_llama)!r}, engine_kwargs=options, max_tokens=4)
+                pipeline = IngestionPipeline(transformations=[KeywordExtractor(llm=llm)])
+                nodes = [TextNode(text="a"), TextNode(text="b")]
+                assert len(pipeline.run(nodes=nodes, num_workers=1)) == 2
+                try:
+                    pipeline.run(nodes=nodes, num_workers=2)
+                except ForeignProcessError as error:
+                    print(error)
+                llm.close()
+            """
+        )
+    )
+    source = Path(engine.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "num_workers of an extractor" in done.stdout, done.stdout + done.stderr
 
 
 def test_late_config_errors_are_not_value_errors(

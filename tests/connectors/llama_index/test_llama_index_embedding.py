@@ -30,6 +30,8 @@ from llm_connectors.llama_index import (
     LocalLLM,
     LocalRerank,
     RequestError,
+    aretrieve_many,
+    retrieve_many,
 )
 from llm_connectors.llama_index.pickling import unpickled
 
@@ -103,6 +105,25 @@ def test_an_index_retrieves_the_nearest(embed: LocalEmbedding) -> None:
     vectors = np.array(embed.get_text_embedding_batch(TEXTS))
     nearest = int(np.argmax(vectors @ np.array(embed.get_query_embedding("the letter g"))))
     assert best.node.get_content() == TEXTS[nearest]
+
+
+def test_many_retrievals_share_batches(embed: LocalEmbedding, eng: Engine) -> None:
+    documents = [Document(text=text) for text in TEXTS]
+    retriever = VectorStoreIndex.from_documents(documents, embed_model=embed).as_retriever(
+        similarity_top_k=2
+    )
+    expected = [[one.node_id for one in retriever.retrieve(text)] for text in TEXTS]
+    steps = eng.stats().steps
+    found = retrieve_many(retriever, TEXTS)
+    assert [[one.node_id for one in nodes] for nodes in found] == expected
+    assert eng.stats().steps - steps < len(TEXTS)
+
+    async def in_a_loop() -> Any:
+        return await aretrieve_many(retriever, TEXTS[:3], concurrency=1)
+
+    assert [[one.node_id for one in nodes] for nodes in asyncio.run(in_a_loop())] == expected[:3]
+    with pytest.raises(RequestError, match="concurrency"):
+        retrieve_many(retriever, TEXTS, concurrency=0)
 
 
 async def test_in_a_pipeline(embed: LocalEmbedding) -> None:

@@ -16,7 +16,9 @@ from llama_index.core import (
     PropertyGraphIndex,
     Settings,
     StorageContext,
+    SummaryIndex,
     VectorStoreIndex,
+    load_index_from_storage,
 )
 from llama_index.core import extractors as core
 from llama_index.core.embeddings import MockEmbedding
@@ -26,6 +28,7 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
+from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode
 from llama_index.core.tools import QueryEngineTool
 from llama_index_fake_engine import FakeEngine
@@ -35,6 +38,7 @@ from python_documents import python_documents
 from engine import EngineClosedError
 from llm_connectors.llama_index import (
     ConfigError,
+    ContextOverflowError,
     ExtractorGroup,
     LocalLLM,
     aquery_many,
@@ -46,16 +50,7 @@ from llm_connectors.llama_index import (
 
 NUM_DOCUMENTS = 200
 QUIET: dict[str, Any] = {"show_progress": False}
-MODES = (
-    "compact",
-    "refine",
-    "tree_summarize",
-    "accumulate",
-    "compact_accumulate",
-    "simple_summarize",
-    "no_text",
-    "context_only",
-)
+ASKS_NOBODY = (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # LlamaIndex's own
     pytest.mark.filterwarnings("ignore:Payload indexes:UserWarning"),  # Qdrant's, on a disk
@@ -172,13 +167,13 @@ def index(llm: LocalLLM, documents: list[Document]) -> VectorStoreIndex:
     return VectorStoreIndex.from_documents(documents[:40])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ResponseMode)
 def test_all_response_modes(index: VectorStoreIndex, fake: FakeEngine, mode: str) -> None:
     engine = index.as_query_engine(response_mode=mode, similarity_top_k=3)
     response = engine.query("abstract base classes")
     assert len(response.source_nodes) == 3
     again = asyncio.run(engine.aquery("abstract base classes"))
-    if mode not in ("no_text", "context_only"):
+    if mode not in ASKS_NOBODY:
         assert "Seen" in str(response)
         assert str(again) == str(response)
 
@@ -201,7 +196,7 @@ def test_graph_from_documents(llm: LocalLLM, fake: FakeEngine, documents: list[D
     fake.answer = lambda _prompt, _params: "(ast, parses, code)\n(code, is, text)"
     fake.step_s = 0.005
     graph = PropertyGraphIndex.from_documents(
-        documents[:60],
+        documents,
         kg_extractors=batched([SimpleLLMPathExtractor(llm=llm)], 48),
         embed_kg_nodes=False,
     )
@@ -223,9 +218,29 @@ def test_sub_questions(llm: LocalLLM, fake: FakeEngine, index: VectorStoreIndex)
         llm=llm,
         verbose=False,
     )
+    fake.step_s = 0.02
     response = engine.query("What are ast, abc and cmd?")
     assert str(response) == "It is a module."
     assert len(fake.requests) == 5
+    assert fake.peak_running == 3
+
+
+def test_answers_that_core_gathers_are_one_batch(
+    llm: LocalLLM, fake: FakeEngine, documents: list[Document]
+) -> None:
+    """Accumulation and the leaves of a tree, in sync code too."""
+    fake.answer = lambda _prompt, _params: "word " * 30
+    fake.step_s = 0.02
+    index = SummaryIndex.from_documents([Document(text=one.text[:400]) for one in documents[:40]])
+    engine = index.as_query_engine(response_mode="accumulate", use_async=True)
+    assert str(engine.query("What?")).count("Response ") == 40
+    assert fake.peak_running == 40
+    fake.peak_running = 0
+    long = SummaryIndex.from_documents(documents[:80])
+    tree = long.as_query_engine(response_mode="tree_summarize")
+    num_requests = len(fake.requests)
+    asyncio.run(tree.aquery("What?"))
+    assert 4 <= fake.peak_running == len(fake.requests) - num_requests - 1
 
 
 def test_many_evaluations(llm: LocalLLM, fake: FakeEngine, documents: list[Document]) -> None:
@@ -292,6 +307,21 @@ def test_vectors_of_another_length_than_the_store(
     client.close()
 
 
+def test_vectors_of_another_length_than_the_index(
+    llm: LocalLLM, index: VectorStoreIndex, tmp_path: Path
+) -> None:
+    """An index in memory, and one that was written to a folder and read again."""
+    index.storage_context.persist(str(tmp_path))
+    loaded = load_index_from_storage(
+        StorageContext.from_defaults(persist_dir=str(tmp_path)),
+        embed_model=WordEmbedding(embed_dim=32),
+    )
+    with pytest.raises(ValueError, match=r"32|64"):
+        loaded.as_query_engine().query("What?")
+    with pytest.raises(ValueError, match=r"32|64"):
+        asyncio.run(loaded.as_query_engine().aquery("What?"))
+
+
 # ---- bad input
 
 
@@ -317,9 +347,14 @@ def test_a_window_smaller_than_the_prompt_template(fake: FakeEngine) -> None:
     configure_settings(LocalLLM(engine=fake, max_tokens=16), MockEmbedding(embed_dim=2))
     tight = LocalLLM(engine=small, max_tokens=8)
     index = VectorStoreIndex.from_documents([Document(text="Some text.")])
-    engine = index.as_query_engine(llm=tight, response_mode="simple_summarize")
-    with pytest.raises(Exception, match=r"24|context"):
-        engine.query("What?")
+    # The question by itself fits.
+    for mode in set(ResponseMode) - {*ASKS_NOBODY, ResponseMode.GENERATION}:
+        engine = index.as_query_engine(llm=tight, response_mode=mode)
+        with pytest.raises(ContextOverflowError, match="24"):
+            engine.query("What?")
+        with pytest.raises(ContextOverflowError, match="24"):
+            asyncio.run(engine.aquery("What?"))
+    assert small.requests == []
     small.close()
 
 

@@ -245,6 +245,15 @@ def test_no_room_for_a_prompt(llm: LocalLLM) -> None:
         configure_settings(llm, num_output=4090)
 
 
+def test_settings_refuse_what_is_no_model(llm: LocalLLM) -> None:
+    wrong: Any = "smollm2-135m"
+    with pytest.raises(ConfigError, match="str, not a LocalLLM"):
+        configure_settings(wrong)
+    with pytest.raises(ConfigError, match="embed is a FakeEngine"):
+        configure_settings(llm, llm.engine)
+    assert Settings._llm is None
+
+
 def test_splitter_needs_no_nltk(llm: LocalLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_index.core.utils import globals_helper
 

@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import pytest
 from llama_index.core import Document, SummaryIndex
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ToolCallResult
+from llama_index.core.agent.workflow import (
+    AgentWorkflow,
+    FunctionAgent,
+    ReActAgent,
+    ToolCallResult,
+)
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.memory import ChatMemoryBuffer
@@ -398,19 +403,38 @@ def test_agents_with_forced_calls_share_the_batch(llm: LocalLLM, tiny: Engine) -
     assert after.peak_running >= 4
 
 
+REACT_STEP = (
+    r"Thought: [A-Za-z ,]{5,40}\.\nAction: weather\n"
+    r'Action Input: \{"city": "(Oslo|Rome)", "days": [1-9]\}'
+)
+
+
 @pytest.mark.demo_model
-def test_agent_on_the_demo_model(demo_model: str) -> None:
+def test_agents_on_the_demo_model(demo_model: str) -> None:
+    """The three kinds, two of each at once; the grammar holds their first step to a call."""
     with Engine(demo_model, device="cpu", num_threads=1, max_model_len=1536) as engine:
         llm = LocalLLM(engine=engine, max_tokens=40, temperature=0.0, tool_parser="hermes")
-        workflow = AgentWorkflow(
-            agents=[FunctionAgent(tools=TOOLS[:1], llm=llm, initial_tool_choice="weather")]
-        )
+        direct = FunctionTool.from_defaults(weather, fn_schema=Place, return_direct=True)
 
-        async def main() -> list[Any]:
-            handler = workflow.run(user_msg="What is the weather in Rome?", memory=memory())
+        def agents() -> list[Any]:
+            first: dict[str, Any] = {"llm": llm, "initial_tool_choice": "weather"}
+            return [
+                FunctionAgent(tools=TOOLS[:1], **first),
+                AgentWorkflow(agents=[FunctionAgent(tools=TOOLS[:1], **first)]),
+                ReActAgent(tools=[direct], llm=llm.with_options(regex=REACT_STEP, max_tokens=80)),
+            ]
+
+        async def run(agent: Any) -> list[Any]:
+            handler = agent.run(user_msg="What is the weather in Rome?", memory=memory())
             events = [event async for event in handler.stream_events()]
-            await handler
+            assert str(await handler)
             return events
 
-        results = [one for one in asyncio.run(main()) if isinstance(one, ToolCallResult)]
-        assert str(results[0].tool_output).startswith("Fog in ")
+        async def main() -> list[list[Any]]:
+            return await asyncio.gather(*map(run, [*agents(), *agents()]))
+
+        for events in asyncio.run(main()):
+            results = [event for event in events if isinstance(event, ToolCallResult)]
+            assert str(results[0].tool_output).startswith("Fog in ")
+        print("peak", engine.stats().peak_running)
+        assert engine.stats().peak_running == 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from quantised_formats import FORMATS, compressed_config
 
 from engine.errors import UnsupportedModelError
-from engine.loader.quantisation_config import names_module, read_quantisation
+from engine.loader.gguf_blocks import BITS_OF_TYPE
+from engine.loader.quantisation_config import METHODS, names_module, read_quantisation
 from engine.loader.weight_scheme import WeightScheme
 
 Q_PROJ = "model.layers.3.self_attn.q_proj"
@@ -97,6 +100,15 @@ def test_compressed_groups_are_chosen_as_the_library_does() -> None:
         assert (None if found is None else found.bits) == bits, module
 
 
+def test_blocks_may_be_written_as_older_files_do() -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block"}
+    for written in ("64x128", [64, 128]):
+        config = compressed_config({**weights, "block_structure": written}, "float-quantized")
+        found = scheme_of(config)
+        assert found is not None
+        assert found.tile == (64, 128)
+
+
 def test_gptq_rules_for_some_layers() -> None:
     config = {
         **FORMATS["gptq"].config,
@@ -160,3 +172,15 @@ def test_nonsense_is_named(case: str) -> None:
 def test_a_config_that_is_no_object_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match="quantization_config is 'gptq'"):
         read_quantisation({"quantization_config": "gptq"})
+
+
+def test_the_document_lists_all_formats() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "QUANTISATION.md").read_text()
+    table = text.split("## Formats")[1].split("##")[0]
+    for name in (*BITS_OF_TYPE, *METHODS):
+        assert re.search(rf"\b{name}\b", table), name
+
+
+def test_every_method_has_a_format_in_the_tests() -> None:
+    methods = {kind.config["quant_method"] for kind in FORMATS.values()}
+    assert methods | {"mxfp4"} == set(METHODS)

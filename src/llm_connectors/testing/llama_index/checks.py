@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llm_connectors.testing.llama_index import answers, calls, pipelines, requests
+from llm_connectors.testing.llama_index import (
+    answers,
+    calls,
+    lifetime,
+    pipelines,
+    records,
+    requests,
+)
 from llm_connectors.testing.llama_index.subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
@@ -30,13 +37,13 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         calls.check_18_streamed_objects,
         calls.check_19_structured,
         calls.check_20_agents,
-        answers.check_21_usage,
-        answers.check_22_events,
-        answers.check_23_logprobs,
-        answers.check_24_blocks,
-        requests.check_25_copies,
+        records.check_21_usage,
+        records.check_22_events,
+        records.check_23_logprobs,
+        records.check_24_blocks,
+        lifetime.check_25_copies,
         pipelines.check_26_embeddings,
         pipelines.check_27_rag_offline,
-        requests.check_28_close,
+        lifetime.check_28_close,
     )
 }

@@ -26,4 +26,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
         pytest.fail("Pass --llm-factory MODULE:FUNCTION, a function that makes the LLM to check.")
     module, function = name.split(":", 1)
     made = getattr(importlib.import_module(module), function)()
-    return made if isinstance(made, Subject) else Subject(made)
+    made = made if isinstance(made, Subject) else Subject(made)
+    made.factory = made.factory or name
+    return made

@@ -1,11 +1,11 @@
-"""Checks of how requests run: together, in any loop, given up, copied, closed."""
+"""Checks of how requests run: together, in any loop, given up, batched."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
-import pickle
+import importlib
+import importlib.util
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,27 +14,33 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage
 
 from llm_connectors.testing.llama_index.subject import (
+    MAKE,
     MESSAGES,
     Subject,
-    is_swallowed,
-    responses,
+    run_apart,
     text_of,
     wait_until,
 )
 
 _MANY = 32
 _MAX_STALL_S = 0.05
+_MAX_WALL = 4.0
+"""Times as long as one answer that 32 of them may take together."""
 _ABORT_S = 1.5
+_SETTLE_S = 0.05
+"""A request that was just submitted may not be counted yet."""
 _NUM_TRIES = 3
 """Other processes can only make a run longer, so the best of three is the class's own."""
 
 
 def check_12_gathered(subject: Subject) -> None:
     """32 gathered `achat`s are 32 requests of one batch, and the loop stays free."""
-    peak = subject.probe("peak")
+    peak, running = subject.probe("peak"), subject.probe("running")
     llm = subject.llm
+    most = 0
 
     async def main() -> tuple[float, float, float]:
+        nonlocal most
         await llm.achat(MESSAGES, temperature=0.0)
         started_s = time.perf_counter()
         await llm.achat(MESSAGES, temperature=0.0)
@@ -47,17 +53,20 @@ def check_12_gathered(subject: Subject) -> None:
             before_s = time.perf_counter()
             await asyncio.sleep(0.001)
             stall_s = max(stall_s, time.perf_counter() - before_s)
+            most = max(most, running())
         return single_s, time.perf_counter() - started_s, stall_s
 
-    runs = [asyncio.run(main()) for _ in range(_NUM_TRIES)]
-    assert peak() >= _MANY, f"at most {peak()} requests ran together"
+    runs = []
+    for _ in range(_NUM_TRIES):
+        runs.append(asyncio.run(main()))
+        assert min(most, peak()) >= _MANY, f"at most {min(most, peak())} requests ran together"
     # A batch may cost more than one answer, but far less than one after the other.
-    assert min(wall_s / single_s for single_s, wall_s, _ in runs) < _MANY / 4
+    assert min(wall_s / single_s for single_s, wall_s, _ in runs) < _MAX_WALL
     assert min(stall_s for *_, stall_s in runs) < _MAX_STALL_S
 
 
 def check_13_any_loop(subject: Subject) -> None:
-    """Two loops in two threads, many short-lived loops, a loop inside a loop's thread."""
+    """Two loops in two threads, many short-lived loops, nested loops, nest_asyncio, uvloop."""
     llm = subject.llm
 
     async def main(count: int) -> list[str]:
@@ -76,6 +85,31 @@ def check_13_any_loop(subject: Subject) -> None:
             return pool.submit(asyncio.run, main(1)).result(30)
 
     assert asyncio.run(nested()) == [wanted]
+    if importlib.util.find_spec("uvloop") is not None:
+        uvloop = importlib.import_module("uvloop")
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            assert runner.run(main(4)) == [wanted] * 4
+            assert runner.run(nested()) == [wanted]
+    if subject.factory is not None:
+        # Apart, because it patches asyncio for good.
+        assert run_apart(_NESTED, *subject.factory.split(":")) == "same"
+
+
+_NESTED = (
+    MAKE
+    + """
+import asyncio
+import nest_asyncio
+nest_asyncio.apply()
+async def ask():
+    return (await llm.achat(messages, temperature=0.0, max_tokens=4)).message.content
+async def cell():
+    return asyncio.run(ask()), await ask()
+first, second = asyncio.run(cell())
+whole = llm.chat(messages, temperature=0.0, max_tokens=4).message.content
+print("same" if first == second == whole else f"{first!r}, {second!r} and {whole!r}")
+"""
+)
 
 
 def check_14_sync_in_a_loop(subject: Subject) -> None:
@@ -97,17 +131,20 @@ def check_15_giving_up(subject: Subject) -> None:
     # Long enough not to end by itself while the check waits.
     length = llm.metadata.context_window // 2
     options: dict[str, Any] = {"max_tokens": length, "ignore_eos": True}
+    blocks = subject.blocks or (lambda: 0)
+    held = blocks()
 
     async def cancel() -> None:
         task = asyncio.ensure_future(llm.achat(MESSAGES, **options))
-        await asyncio.sleep(0.01)
+        while running() == 0 and not task.done():
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     async def time_out() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(llm.achat(MESSAGES, **options), 0.01)
+            await asyncio.wait_for(llm.achat(MESSAGES, **options), 0.05)
 
     async def leave_async() -> None:
         stream = await llm.astream_chat(MESSAGES, **options)
@@ -134,7 +171,9 @@ def check_15_giving_up(subject: Subject) -> None:
     }
     for name, way in ways.items():
         way()
+        time.sleep(_SETTLE_S)
         wait_until(lambda: running() == 0, f"{name}: the request leaves", _ABORT_S)
+        wait_until(lambda: blocks() == held, f"{name}: its KV blocks come back", _ABORT_S)
 
 
 def check_16_batch_equals_single(subject: Subject) -> None:
@@ -148,35 +187,4 @@ def check_16_batch_equals_single(subject: Subject) -> None:
         chats = [llm.achat(prompt, **options) for prompt in prompts]
         return [text_of(one) for one in await asyncio.gather(*chats)]
 
-    assert asyncio.run(main()) == single
-
-
-def check_25_copies(subject: Subject) -> None:
-    """Copies and pickles work, and share the engine."""
-    llm = subject.llm
-    wanted = text_of(llm.chat(MESSAGES, temperature=0.0, max_tokens=4))
-    copies = {
-        "copy": copy.copy(llm),
-        "deepcopy": copy.deepcopy(llm),
-        "pickle": pickle.loads(pickle.dumps(llm)),
-    }
-    for name, other in copies.items():
-        assert text_of(other.chat(MESSAGES, temperature=0.0, max_tokens=4)) == wanted, name
-        if hasattr(llm, "engine"):
-            assert other.engine is llm.engine, name
-
-
-def check_28_close(subject: Subject) -> None:
-    """`close` is idempotent, fails what is pending with a typed error, and can be undone."""
-    reopen = subject.probe("reopen")
-    llm: Any = subject.llm
-    stream = llm.stream_chat(MESSAGES, max_tokens=200, ignore_eos=True)
-    next(stream)
-    llm.close(drain=False)
-    llm.close()
-    with pytest.raises(Exception, match=r"(?s).+") as caught:
-        list(stream)
-    assert not is_swallowed(caught.value)
-    again = reopen()
-    assert responses(again, "chat", max_tokens=2)[-1].raw["usage"]["completion_tokens"] >= 1
-    again.close()
+    assert asyncio.run(main()) == single, "answers depend on the batch"
