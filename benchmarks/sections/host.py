@@ -23,6 +23,7 @@ from workloads import chat as chat_requests
 
 from engine import Engine
 from engine.core.batch import ScheduledBatch, StepOutput
+from engine.core.pieces import pieces
 from engine.launch_ahead import LaunchAhead
 
 SECTION = "host"
@@ -48,7 +49,9 @@ class PretendedStep:
 
     def wait(self) -> StepOutput:
         """The result, when its time is over."""
-        time.sleep(max(0.0, self._over_s - time.perf_counter()))
+        left_s = self._over_s - time.perf_counter()
+        if left_s > 0.0:  # a sleep of no time gives up the GIL as well
+            time.sleep(left_s)
         return self._output
 
 
@@ -64,8 +67,16 @@ class PretendedDevice:
         step_s = STEP_S + SEQUENCE_S * num_sequences
         step_s += PROMPT_TOKEN_S * (batch.num_tokens - num_sequences)
         self._free_s = max(self._free_s, time.perf_counter()) + step_s
-        ids = np.where(batch.is_sampling, 100 + (batch.rows * 7 + batch.step_id) % 40000, -1)
-        return PretendedStep(self._free_s, StepOutput(ids.astype(np.int64)))
+        # Words, as ids all over a vocabulary are; its first ones are single bytes.
+        ids = [
+            np.where(
+                batch.is_sampling[one],
+                2000 + (batch.rows[one] * 7919 + batch.step_id * 977) % 40000,
+                -1,
+            )
+            for one in pieces(num_sequences)
+        ]
+        return PretendedStep(self._free_s, StepOutput(np.concatenate(ids)))
 
     def free_row(self, row: int) -> None:
         """Nothing is kept for a row."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 _Loop = asyncio.AbstractEventLoop
 
-Wakeups = list[tuple[_Loop, asyncio.Future[None]]]
-"""Futures to complete, each in its own event loop (see `wake_loops`)."""
+Wakeups = list[tuple[_Loop, asyncio.Future[None], bool]]
+"""Futures to complete, each in its own event loop, and whether a stream waits (`wake_loops`)."""
 
 
 class RequestSink(Protocol):
@@ -66,6 +67,7 @@ class RequestHandle:
         "_lock",
         "_num_readers",
         "_on_abort",
+        "_on_end",
         "_on_stream",
         "_output",
         "_request",
@@ -93,6 +95,7 @@ class RequestHandle:
         self._futures: Wakeups = []
         self._is_streamed = False
         self._num_readers = 0
+        self._on_end: Callable[[RequestHandle], None] | None = None
 
     def __repr__(self) -> str:
         state = "running"
@@ -143,6 +146,24 @@ class RequestHandle:
         with self._lock:
             return self._wait_for(lambda: self.is_done, timeout)
 
+    @property
+    def has_failed(self) -> bool:
+        """True once an error has ended the request; `result` raises it."""
+        return self._error is not None
+
+    def call_at_end(self, function: Callable[[RequestHandle], None]) -> None:
+        """Have `function` called with this handle once it is done: at once, if it is already.
+
+        Otherwise the engine thread calls it, in the middle of a step: it must be quick and must not
+        raise. There is room for one function.
+        """
+        with self._lock:
+            if not self.is_done:
+                assert self._on_end is None, "somebody waits for this handle's end already"
+                self._on_end = function
+                return
+        function(self)
+
     def _wait_for(self, is_ready: Callable[[], bool], timeout: float | None = None) -> bool:
         """Block until `is_ready`. Called with the lock held, which is free while this waits."""
         if is_ready():
@@ -159,7 +180,7 @@ class RequestHandle:
             self._num_readers += 1
         try:
             while not self.is_done:
-                await self._next_event(lambda: self.is_done)
+                await self._next_event(lambda: self.is_done, is_stream=False)
         finally:
             self._release_reader()
         return self._take_result()
@@ -200,7 +221,7 @@ class RequestHandle:
                 if self.is_done:
                     self._raise_error()
                     return
-                await self._next_event(partial(self._has_more, cursor))
+                await self._next_event(partial(self._has_more, cursor), is_stream=True)
         finally:
             self._release_reader()
 
@@ -275,33 +296,84 @@ class RequestHandle:
             if self._condition is not None:
                 self._condition.notify_all()
             futures, self._futures = self._futures, []
+            on_end, self._on_end = (self._on_end, None) if self.is_done else (None, self._on_end)
+        if on_end is not None:
+            on_end(self)
         return futures
 
-    async def _next_event(self, is_ready: Callable[[], bool]) -> None:
+    async def _next_event(self, is_ready: Callable[[], bool], *, is_stream: bool) -> None:
         """Wait until the engine publishes something, unless `is_ready` says it has already."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
             if is_ready():
                 return
-            self._futures.append((loop, future))
+            self._futures.append((loop, future, is_stream))
         await future
 
 
-def wake_loops(futures: Wakeups) -> None:
-    """Complete futures with one wake-up per event loop, however many requests wait in it."""
-    by_loop: dict[_Loop, list[asyncio.Future[None]]] = {}
-    for loop, future in futures:
-        by_loop.setdefault(loop, []).append(future)
-    for loop, waiting in by_loop.items():
+class ReaderClock:
+    """CPU time that event loops have spent on the deltas of streams.
+
+    Written by the loops' threads without a lock: of two that write at once, one may be lost.
+
+    Attributes:
+        seconds: Since the start. What a reader does after it has given its loop a turn is not in
+            it, and readers in plain threads are not.
+        count: How often a reader was given something.
+    """
+
+    __slots__ = ("count", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.count = 0
+
+    def read(self) -> tuple[float, int]:
+        """Both."""
+        return self.seconds, self.count
+
+    def stop(self, started_s: float, count: int) -> None:
+        """Add the time since `started_s` of `time.thread_time`, in the same thread."""
+        self.seconds += time.thread_time() - started_s
+        self.count += count
+
+
+def wake_loops(futures: Wakeups, clock: ReaderClock | None = None) -> None:
+    """Complete futures with one wake-up per event loop, however many requests wait in it.
+
+    Args:
+        futures: What handles gave back.
+        clock: Measures the streams among the readers.
+    """
+    by_loop: dict[_Loop, tuple[list[asyncio.Future[None]], list[asyncio.Future[None]]]] = {}
+    for loop, future, is_stream in futures:
+        streams, others = by_loop.setdefault(loop, ([], []))
+        (streams if is_stream else others).append(future)
+    for loop, (streams, others) in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_complete, waiting)
+            loop.call_soon_threadsafe(_complete, loop, streams, others, clock)
         except RuntimeError:
             # The loop was closed while its task waited: nobody is left to tell.
             continue
 
 
-def _complete(futures: list[asyncio.Future[None]]) -> None:
+def _complete(
+    loop: _Loop,
+    streams: list[asyncio.Future[None]],
+    others: list[asyncio.Future[None]],
+    clock: ReaderClock | None,
+) -> None:
+    if streams:
+        started_s = time.thread_time()
+        _set_results(streams)
+        if clock is not None:
+            # Behind the readers just woken, which the loop lets run in this order.
+            loop.call_soon(clock.stop, started_s, len(streams))
+    _set_results(others)
+
+
+def _set_results(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import secrets
+import random
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -58,6 +58,8 @@ class RequestFactory:
         self._base_seed = base_seed
         self._compiler = ConstraintCompiler(text.tokenizer, vocab_size, text.eos_token_ids)
         self._seed_numbers = itertools.count()
+        # Begun by the system's randomness. Asking that for each request gives up the GIL each time.
+        self._random = random.Random()
 
     def make(
         self,
@@ -117,7 +119,9 @@ class RequestFactory:
             constraint=self._compiler.compile(params),
             metrics=RequestMetrics(arrival_s=arrival_s),
         )
-        if prompt_array is not None:
+        if prompt_array is None:
+            request.prompt_array()  # here, not in the engine's thread
+        else:
             request.set_prompt_array(prompt_array)
         if request.constraint is not None:
             request.constraint.check_room(max_total_tokens - len(token_ids))
@@ -204,7 +208,7 @@ class RequestFactory:
         if params.seed is not None:
             return params.seed & ((1 << 64) - 1)
         if self._base_seed is None:
-            return secrets.randbits(64)
+            return self._random.getrandbits(64)
         return (self._base_seed * 0x9E3779B1 + next(self._seed_numbers)) & ((1 << 64) - 1)
 
 

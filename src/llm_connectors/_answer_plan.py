@@ -82,6 +82,15 @@ class AnswerPlan:
 
     # ---------------------------------------------------------------- prompts
 
+    def encodes_like(self, other: AnswerPlan) -> bool:
+        """Whether both make the same prompts, so that one can encode for both."""
+        return self is other or (
+            self._engine is other._engine
+            and self._options == other._options
+            and self._constraint.opening == other._constraint.opening
+            and self._ends_reasoning == other._ends_reasoning
+        )
+
     def encode(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
         """Token ids of conversations, ready to submit; encoded together.
 

@@ -162,11 +162,12 @@ class FakeEngine:
         return self._submit(prompts, params, submit_options)
 
     def _submit(self, prompts, params, submit_options):
-        assert isinstance(params, SamplingParams)
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        assert all(isinstance(one, SamplingParams) for one in each)
         if self.is_closed:
             raise EngineClosedError("The engine is closed.")
         pairs = []
-        for prompt in prompts:
+        for prompt, params in zip(prompts, each, strict=True):
             ids = [ord(one) for one in prompt] if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else None
             request = FakeRequest(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from engine.core.pieces import pieces
 from engine.core.request import Sequence
 
 Int32Array = npt.NDArray[np.int32]
@@ -93,7 +94,8 @@ class ScheduledBatch:
         """Leading sequences with one token."""
         if self.num_tokens == len(self.rows):
             return len(self.rows)
-        return int(np.count_nonzero(self.num_scheduled_tokens == 1))
+        counts = self.num_scheduled_tokens
+        return sum(int(np.count_nonzero(counts[one] == 1)) for one in pieces(len(counts)))
 
 
 @dataclass(slots=True)

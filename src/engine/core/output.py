@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+from engine.core.pieces import pieces
 from engine.core.request import Request, Sequence, SequenceStatus
+from engine.core.stream_pacing import StreamPacing
 from engine.errors import ConstraintError, EngineError, StepError
 from engine.handle import RequestSink, Wakeups
 from engine.outputs import (
@@ -37,11 +39,6 @@ if TYPE_CHECKING:
     from engine.core.scheduler import Scheduler
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
-
-_STREAMS_SHARE = 0.05
-"""Of the engine thread's time for streams. The readers, which share the interpreter with it, take
-several times as much again for what they are given: 256 of them, given each token of a step of
-3 ms, made steps of 5 to 10 ms. So each of them gets a delta about every 60 ms."""
 
 
 @dataclass(slots=True)
@@ -84,6 +81,7 @@ class OutputProcessor:
         tokenizer: None for models without one (`load_format="dummy"`): texts are then empty.
         counters: Counts finished, failed and aborted requests.
         on_row_freed: Called with the state index of each sequence that ended while running.
+        readers: As `StreamPacing` wants it; readers that nobody measures count as free.
     """
 
     def __init__(
@@ -92,6 +90,7 @@ class OutputProcessor:
         tokenizer: Tokenizer | None,
         counters: Counters,
         on_row_freed: Callable[[int], None],
+        readers: Callable[[], tuple[float, int]] = lambda: (0.0, 0),
     ) -> None:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
@@ -99,7 +98,7 @@ class OutputProcessor:
         self._on_row_freed = on_row_freed
         self._open: dict[Request, _Open] = {}
         self._streams: deque[_Open] = deque()
-        self._streams_served_s = 0.0
+        self._pacing = StreamPacing(readers)
         self._touched: dict[Request, _Open] = {}
         self._wakeups: Wakeups = []
 
@@ -146,14 +145,14 @@ class OutputProcessor:
         self._streams.append(entry)
 
     def _serve_streams(self) -> None:
-        """Publish what is new in streams, in turn, in at most a share of the time that passes.
+        """Publish what is new in streams, in turn, for as long as their share of the time lasts.
 
         A few streams get every token of every step. Where there are so many that this would hold
         up the steps, each gets fewer and larger deltas, the one that waited longest first.
         """
-        now_s = time.perf_counter()
-        until_s = now_s + _STREAMS_SHARE * (now_s - self._streams_served_s)
-        self._streams_served_s = now_s
+        if not self._streams:
+            return
+        since_s = self._pacing.refill()
         for _ in range(len(self._streams)):
             entry = self._streams.popleft()
             if entry.request not in self._open:
@@ -168,7 +167,8 @@ class OutputProcessor:
             self._touched.pop(entry.request, None)
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
             entry.deltas = []
-            if time.perf_counter() > until_s:
+            since_s = self._pacing.spend(since_s)
+            if not self._pacing.may_go_on:
                 break
 
     def publish_if_touched(self, entry: _Open) -> None:
@@ -224,6 +224,7 @@ class OutputProcessor:
         for seq in request.sequences:
             if seq.status is not SequenceStatus.FINISHED:
                 self._end_sequence(seq, "abort", None)
+        request.forget_sequences()
 
     # ---------------------------------------------------------------- one step's results
 
@@ -278,10 +279,12 @@ class OutputProcessor:
 
     def _sequences_without_token(self, batch: ScheduledBatch, output: StepOutput) -> list[Sequence]:
         """Sequences for which nothing could be sampled, because all their logits were NaN."""
-        missing = batch.rows[batch.is_sampling & (output.token_ids < 0)]
-        if not len(missing):
+        rows: set[int] = set()
+        for piece in pieces(len(batch.rows)):
+            is_missing = batch.is_sampling[piece] & (output.token_ids[piece] < 0)
+            rows.update(batch.rows[piece][is_missing].tolist())
+        if not rows:
             return []
-        rows = set(missing.tolist())
         return [seq for seq, row in self._scheduler.sequences_with_rows(batch) if row in rows]
 
     def _end_sequence(
@@ -404,6 +407,7 @@ class OutputProcessor:
         del self._open[request]
         self._touched.pop(request, None)
         self._counters.requests_finished += 1
+        request.forget_sequences()
         self._wakeups += entry.handle.publish(deltas=entry.deltas, output=result)
 
     # ---------------------------------------------------------------- log probabilities

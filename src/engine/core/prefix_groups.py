@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 
 from engine.core.batch import Int32Array, PrefixGroup
+from engine.core.pieces import gathered
 from engine.core.state import IndexArray, SequenceTable
 
 MAX_GROUPS = 16
@@ -49,7 +50,7 @@ class PrefixGroups:
             return []
         # The same rows of the same owners. Compared as bytes: unlike array operations that keeps
         # the GIL, whatever the length.
-        found_for = rows.tobytes() + self._table.epoch[rows].tobytes()
+        found_for = rows.tobytes() + gathered(self._table.epoch, rows).tobytes()
         if found_for != self._found_for:
             self._found_for = found_for
             self._groups = self._find(rows, num_computed_tokens)

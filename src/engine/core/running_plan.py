@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.core.pieces import MAX_PIECE, joined, pieces
 from engine.core.state import IndexArray, Int32Array, SequenceTable
 
 
@@ -46,7 +47,24 @@ def plan_running(
         max_num_tokens: Token budget of the step.
         block_size: Tokens per KV block.
     """
-    rows = running
+    if len(running) <= MAX_PIECE:
+        return _plan_piece(table, running, max_num_tokens, block_size)
+    plans: list[RunningPlan] = []
+    for piece in pieces(len(running)):
+        left = max_num_tokens - sum(plan.num_tokens for plan in plans)
+        plans.append(_plan_piece(table, running[piece], left, block_size))
+    return RunningPlan(
+        rows=joined([plan.rows for plan in plans]),
+        counts=joined([plan.counts for plan in plans]),
+        missing_blocks=joined([plan.missing_blocks for plan in plans]),
+        num_tokens=sum(plan.num_tokens for plan in plans),
+        num_new_blocks=sum(plan.num_new_blocks for plan in plans),
+    )
+
+
+def _plan_piece(
+    table: SequenceTable, rows: IndexArray, max_num_tokens: int, block_size: int
+) -> RunningPlan:
     computed = table.num_computed_tokens[rows]
     num_tokens = table.num_tokens[rows]
     counts = num_tokens - computed

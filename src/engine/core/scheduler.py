@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.core.batch import BlockUpdate, CompletedStep, ScheduledBatch, SequenceRow
-from engine.core.batch_builder import build_batch
+from engine.core.batch_builder import NewRows, StepInFlight, build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
 from engine.core.constrained import accept_tokens, append_forced
+from engine.core.pieces import gathered, joined, pieces
 from engine.core.preemption import fewest_victims, rank
 from engine.core.prefix_groups import PrefixGroups
 from engine.core.request import Sequence, SequenceStatus
@@ -35,23 +35,6 @@ as vLLM's watermark: without it the newest sequence is admitted and preempted in
 
 _COALESCED_STEPS = 16
 """Steps that coalesced admissions may wait: about 50 ms on a GPU."""
-
-
-@dataclass(slots=True)
-class _StepInFlight:
-    """A batch whose result is not back, with the owners of its rows at that time."""
-
-    batch: ScheduledBatch
-    rows: IndexArray
-    epochs: npt.NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class _NewRows:
-    """Sequences admitted by one `schedule`."""
-
-    rows: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
 
 
 class Scheduler:
@@ -127,7 +110,7 @@ class Scheduler:
         self._running_priorities: Counter[int] = Counter()
         # Rows with known tokens that later chunks will compute; at most one.
         self._prefilling: set[int] = set()
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._next_arrival_index = 0
         self._counts = SchedulerCounters()
 
@@ -276,19 +259,21 @@ class Scheduler:
 
     def _advance_running(self, plan: RunningPlan) -> list[BlockUpdate]:
         updates = []
-        for index in np.flatnonzero(plan.missing_blocks > 0).tolist():
-            row = int(plan.rows[index])
-            end = int(self.table.num_computed_tokens[row] + plan.counts[index])
-            updates.append(self.block_tables.grow(row, end))
-        self.table.num_computed_tokens[plan.rows] += plan.counts
+        for piece in pieces(len(plan.rows)):
+            rows, counts = plan.rows[piece], plan.counts[piece]
+            for index in np.flatnonzero(plan.missing_blocks[piece] > 0).tolist():
+                row = int(rows[index])
+                end = int(self.table.num_computed_tokens[row] + counts[index])
+                updates.append(self.block_tables.grow(row, end))
+            self.table.num_computed_tokens[rows] += counts
         for row in list(self._prefilling):
             self._register_prefill(row)
         return updates
 
-    def _admit_waiting(self, budget: int, block_updates: list[BlockUpdate]) -> _NewRows:
+    def _admit_waiting(self, budget: int, block_updates: list[BlockUpdate]) -> NewRows:
         """Admit from the front of the queue; `block_updates` gets the new rows' blocks."""
         admitted: list[Sequence] = []
-        new = _NewRows()
+        new = NewRows()
         if self._holds_admissions():
             return new
         now_s = time.monotonic() if len(self._waiting) else 0.0
@@ -360,7 +345,7 @@ class Scheduler:
             self._prefilling.discard(row)
 
     def _make_batch(
-        self, plan: RunningPlan, new: _NewRows, block_updates: list[BlockUpdate]
+        self, plan: RunningPlan, new: NewRows, block_updates: list[BlockUpdate]
     ) -> ScheduledBatch:
         rows, counts = plan.rows, plan.counts
         if new.rows:
@@ -370,6 +355,7 @@ class Scheduler:
             self.table,
             rows,
             counts,
+            num_tokens=plan.num_tokens + sum(new.counts),
             step_id=self._counts.steps,
             new_rows=new.rows,
             block_updates=block_updates,
@@ -380,7 +366,7 @@ class Scheduler:
                 rows[:count], batch.num_computed_tokens[:count]
             )
         self._counts.steps += 1
-        self._in_flight.append(_StepInFlight(batch, rows, self.table.epoch[rows]))
+        self._in_flight.append(StepInFlight(batch, rows, gathered(self.table.epoch, rows)))
         return batch
 
     # ---------------------------------------------------------------- preemption
@@ -436,22 +422,32 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert step.batch is batch, "steps must be completed in the order they were scheduled"
-        is_live = self.table.epoch[step.rows] == step.epochs
-        samples = accept_tokens(self.table, step.rows, token_ids, batch.is_sampling & is_live)
-        sampled = store_sampled(self.table, step.rows[samples], token_ids[samples])
-        computed = batch.num_computed_tokens + batch.num_scheduled_tokens
-        self.block_tables.register_completed(step.rows[is_live], computed[is_live])
+        done = CompletedStep(step_id=batch.step_id)
+        for piece in pieces(len(step.rows)):
+            self._complete_piece(step, piece, token_ids[piece], done)
+        return done
+
+    def _complete_piece(
+        self,
+        step: StepInFlight,
+        piece: slice,
+        token_ids: npt.NDArray[np.int64],
+        done: CompletedStep,
+    ) -> None:
+        batch, rows = step.batch, step.rows[piece]
+        is_live = self.table.epoch[rows] == step.epochs[piece]
+        samples = accept_tokens(self.table, rows, token_ids, batch.is_sampling[piece] & is_live)
+        sampled = store_sampled(self.table, rows[samples], token_ids[samples])
+        computed = batch.num_computed_tokens[piece] + batch.num_scheduled_tokens[piece]
+        self.block_tables.register_completed(rows[is_live], computed[is_live])
         watched = sampled.rows[self.table.wants_tokens[sampled.rows]].tolist()
-        done = CompletedStep(
-            step_id=batch.step_id,
-            watched=[SequenceRow(self._owner(row), row) for row in watched],
-            first_tokens=[self._owner(row) for row in sampled.rows[sampled.is_first].tolist()],
-            num_new_tokens=len(sampled.rows),
-        )
+        done.watched += [SequenceRow(self._owner(row), row) for row in watched]
+        first = sampled.rows[sampled.is_first].tolist()
+        done.first_tokens += [self._owner(row) for row in first]
+        done.num_new_tokens += len(sampled.rows)
         append_forced(self.table, sampled, done)
         if sampled.is_finished.any():
-            done.finished = self._end_finished(sampled)
-        return done
+            done.finished += self._end_finished(sampled)
 
     def _end_finished(self, sampled: SampledTokens) -> list[SequenceRow]:
         ends = sampled.is_finished
@@ -482,7 +478,8 @@ class Scheduler:
             self.block_tables.release(row)
             self.table.free(row)
         # A free row has no tokens, a running one has.
-        self._running = self._running[self.table.num_tokens[self._running] > 0]
+        parts = [self._running[piece] for piece in pieces(len(self._running))]
+        self._running = joined([part[self.table.num_tokens[part] > 0] for part in parts])
 
     def _owner(self, row: int) -> Sequence:
         seq = self.table.sequences[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 from engine.build import build_parts, kv_bytes_per_token
@@ -13,7 +14,7 @@ from engine.core.capacity import CapacityLimits
 from engine.core.output import OutputProcessor
 from engine.core.scheduler_stats import SchedulerStats
 from engine.ending import LoopParts, free_parts, thread_setup
-from engine.handle import RequestSink, Wakeups, wake_loops
+from engine.handle import ReaderClock, RequestSink, Wakeups, wake_loops
 from engine.loop import EngineLoop
 from engine.model_text import ModelText
 from engine.placement.host import HostFacts
@@ -132,12 +133,14 @@ class LocalHost(LoopHost):
 
     Args:
         config: Options of the engine; `placement` is not looked at.
-        publish: Called by the engine thread once per step with the futures to complete.
+        publish: Called by the engine thread once per step with the futures to complete; by default
+            it completes them here.
     """
 
     def __init__(
-        self, config: EngineConfig, publish: Callable[[Wakeups], None] = wake_loops
+        self, config: EngineConfig, publish: Callable[[Wakeups], None] | None = None
     ) -> None:
+        readers = ReaderClock()
         started_s = time.monotonic()
         parts = build_parts(config)
         resolved = parts.resolved
@@ -147,11 +150,15 @@ class LocalHost(LoopHost):
             scheduler=parts.scheduler,
             runner=parts.runner,
             outputs=OutputProcessor(
-                parts.scheduler, parts.text.tokenizer, counters, parts.runner.free_row
+                parts.scheduler,
+                parts.text.tokenizer,
+                counters,
+                parts.runner.free_row,
+                readers.read,
             ),
             counters=counters,
             max_steps_in_flight=resolved.max_steps_in_flight,
-            publish=publish,
+            publish=publish or partial(wake_loops, clock=readers),
         )
         facts = HostFacts(
             vocab_size=parts.model.config.vocab_size,
@@ -178,7 +185,7 @@ class LocalHost(LoopHost):
 
 
 def start_loop_host(
-    config: EngineConfig, publish: Callable[[Wakeups], None] = wake_loops
+    config: EngineConfig, publish: Callable[[Wakeups], None] | None = None
 ) -> LoopHost:
     """The host for what the model of `config` does (see `engine.task`), its loop running.
 
@@ -189,4 +196,4 @@ def start_loop_host(
         return LocalHost(config, publish)
     from engine.placement.pooling import PoolingHost
 
-    return PoolingHost(config, publish)
+    return PoolingHost(config, publish or wake_loops)

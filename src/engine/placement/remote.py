@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, ResolvedConfig
+from engine.core.request import Request
 from engine.errors import EngineClosedError, EngineDeadError, EngineError
 from engine.handle import RequestSink, Wakeups, wake_loops
 from engine.loader.resolve import resolve_model
@@ -274,6 +275,8 @@ class RemoteHost:
         if output is not None or error is not None:
             del self._open[number]
             del self._number_of[request]
+            if isinstance(request, Request):
+                request.forget_sequences()
         whole = None if output is None else decode_output(request, output)
         cause = None if error is None else decode_error(error)
         if isinstance(cause, EngineDeadError):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from engine.core.batch import StepOutput, TokenLogprobArrays
+from engine.core.pieces import pieces
 from engine.runner.step_slots import StepTicket
 
 _POLL_S = 50e-6
@@ -111,7 +112,8 @@ class CapturedPendingStep:
                 started_s = time.monotonic()
             time.sleep(_POLL_S)
         token_ids = self._ticket.token_ids(len(self._is_sampling))
-        token_ids[~self._is_sampling] = -1
+        for piece in pieces(len(token_ids)):
+            token_ids[piece][~self._is_sampling[piece]] = -1
         return StepOutput(
             token_ids=token_ids,
             logprobs={row: values.to_host() for row, values in self._logprobs.items()},

@@ -6,11 +6,14 @@ on that memory alone: no call into torch or CUDA, so no hand-over of the GIL.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from engine.core.batch import BlockUpdate, ScheduledBatch
+from engine.core.pieces import joined, pieces
 from engine.core.prefix_groups import MAX_GROUPS
 from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedStepState, StepSlotLayout
@@ -97,10 +100,16 @@ class StepSlots:
         slot = self._params[self._launch_count % NUM_SLOTS]
         num_seqs, size = batch.num_seqs, layout.max_seqs
         at = layout.seqs
-        slot[at : at + num_seqs] = batch.rows
-        slot[at + size : at + size + num_seqs] = batch.num_scheduled_tokens
-        slot[at + 2 * size : at + 2 * size + num_seqs] = batch.num_computed_tokens
-        slot[at + 3 * size : at + 3 * size + num_seqs] = batch.is_sampling
+        columns: tuple[npt.NDArray[Any], ...] = (
+            batch.rows,
+            batch.num_scheduled_tokens,
+            batch.num_computed_tokens,
+            batch.is_sampling,
+        )
+        for piece in pieces(num_seqs):
+            for place, column in enumerate(columns):
+                start = at + place * size
+                slot[start + piece.start : start + piece.stop] = column[piece]
         num_decodes = batch.num_decodes
         # In the steady state every input is what its row sampled last, and is on the device.
         needs_ids = num_decodes < num_seqs or bool(self._rows_without_token)
@@ -181,7 +190,10 @@ class StepSlots:
         self, ids: Int32Array, batch: ScheduledBatch, table: SequenceTable, num_decodes: int
     ) -> None:
         rows, starts = batch.rows, batch.num_computed_tokens
-        ids[:num_decodes] = table.token_ids[rows[:num_decodes], starts[:num_decodes]]
+        # By places in the flat table: NumPy gives up the GIL for pairs of indices.
+        tokens, width = table.token_ids.reshape(-1), table.token_ids.shape[1]
+        for piece in pieces(num_decodes):
+            ids[piece] = tokens[rows[piece] * width + starts[piece]]
         place = num_decodes
         for row, start, count in zip(
             rows[num_decodes:].tolist(),
@@ -227,8 +239,11 @@ class StepTicket:
 
     def is_done(self, num_seqs: int) -> bool:
         """Whether the first `num_seqs` results have arrived. Keeps the GIL."""
-        return bool(((self._results[:num_seqs] >> 32) == self._tag).all())
+        return all(
+            bool(((self._results[piece] >> 32) == self._tag).all()) for piece in pieces(num_seqs)
+        )
 
     def token_ids(self, num_seqs: int) -> npt.NDArray[np.int64]:
         """The sampled ids, new [num_seqs] int64; -1 where nothing could be sampled."""
-        return self._results[:num_seqs].astype(np.int32).astype(np.int64)
+        parts = [self._results[piece] for piece in pieces(num_seqs)]
+        return joined([part.astype(np.int32).astype(np.int64) for part in parts])

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from engine import EngineError, RequestOutput
 from llm_connectors._answer_plan import AnswerPlan
-from llm_connectors.langchain._batching import aserve, serve_runs
-from llm_connectors.langchain._chat_runs import ChatListCall, ChatRun
+from llm_connectors.langchain._batching import Run, aserve, serve_runs
+from llm_connectors.langchain._chat_runs import ChatListCall, UnwatchedRun
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
@@ -170,7 +170,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
             )
         outcomes: dict[int, AIMessage | Exception] = {}
         conversations = self._conversations(inputs, outcomes if return_exceptions else None)
-        runs = [call.start(index, messages) for index, messages in conversations.items()]
+        runs = [call.start_unwatched(index, one) for index, one in conversations.items()]
         indices = list(conversations)
         try:
             with LANGCHAIN_ERRORS.converting():
@@ -183,7 +183,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
             return [cast("AIMessage", outcomes.get(one, error)) for one in range(len(inputs))]
         served = aserve(
             engine,
-            lambda positions: ChatRun.prompts(engine, [runs[one] for one in positions]),
+            lambda positions: UnwatchedRun.prompts(engine, [runs[one] for one in positions]),
             len(runs),
             options,
         )
@@ -191,7 +191,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
             async for position, output in served:
                 index = indices[position]
                 if isinstance(output, RequestOutput):
-                    outcomes[index] = runs[position].answer(output)
+                    outcomes[index] = runs[position].result(output)
                     continue
                 failure = _as_ours(output)
                 if not return_exceptions:
@@ -226,7 +226,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         failed: dict[int, AIMessage | Exception] = {}
         conversations = self._conversations(inputs, failed if return_exceptions else None)
         yield from failed.items()
-        runs = [call.start(index, messages) for index, messages in conversations.items()]
+        runs: list[Run[Any]] = [call.start(index, one) for index, one in conversations.items()]
         indices = list(conversations)
         served = serve_runs(
             runs,
@@ -241,7 +241,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
                 if isinstance(outcome, ChatResult):
                     answer = cast("AIMessage", outcome.generations[0].message)
                     yield indices[position], answer
-                else:
+                else:  # an answer that nobody watched, or an error
                     yield indices[position], outcome
 
     def _with_thread_cap(self, configs: list[RunnableConfig]) -> list[RunnableConfig]:

@@ -28,7 +28,7 @@ from llm_connectors.langchain._batching import Prompt, Run
 from llm_connectors.langchain._fields import CallOptions
 from llm_connectors.langchain._list_call import ListCall
 from llm_connectors.langchain._messages import to_conversation
-from llm_connectors.langchain._outputs import chat_result
+from llm_connectors.langchain._outputs import answer_messages, chat_result, llm_output
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -94,18 +94,19 @@ class ChatListCall(ListCall):
             for callbacks in {id(callbacks): callbacks for callbacks in given}.values()
         ) or model._should_stream(async_api=False, **self.kwargs)
 
-    def start(self, index: int, messages: list[BaseMessage]) -> ChatRun:
+    def start(self, index: int, messages: list[BaseMessage]) -> ChatRun | UnwatchedRun:
         """Fire the start callbacks of one conversation, with the config of its own."""
-        config = self.configs[index]
         if not self.is_watched:
-            nobody = CallbackManagerForLLMRun(
-                run_id=self._run_id(index), handlers=[], inheritable_handlers=[]
-            )
-            return ChatRun(self, messages, nobody)
+            return self.start_unwatched(index, messages)
+        config = self.configs[index]
         (run,) = self._start(
             self.managers[index], [messages], config.get("run_name"), config.get("run_id")
         )
         return run
+
+    def start_unwatched(self, index: int, messages: list[BaseMessage]) -> UnwatchedRun:
+        """The run of one conversation that nobody is told of."""
+        return UnwatchedRun(self, messages, self._run_id(index))
 
     def message_id(self) -> str:
         """Id of the pieces of an unwatched call's first stream."""
@@ -190,23 +191,16 @@ class ChatRun(Run[ChatResult]):
         assert plan is not None, "the prompts were made with it"
         result = chat_result(output, self._call.options.model, plan)
         for index, generation in enumerate(result.generations):
-            message = generation.message
-            message.id = f"{LC_ID_PREFIX}-{self.run_manager.run_id}-{index}"
-            if model.output_version == "v1" and isinstance(message, AIMessage):
-                message.content = list(message.content_blocks)  # type: ignore[arg-type]
-                message.response_metadata["output_version"] = "v1"
+            message = cast("AIMessage", generation.message)
+            _finish_message(message, self.run_manager.run_id, index, model.output_version)
         if len(result.generations) == 1 and result.llm_output:
-            message = result.generations[0].message
-            message.response_metadata = {**result.llm_output, **message.response_metadata}
+            first = result.generations[0].message
+            first.response_metadata = {**result.llm_output, **first.response_metadata}
         if self._call.cache is not None:
             self._call.cache.update(
                 self._cached_prompt, self._call.cache_key, list(result.generations)
             )
         return result
-
-    def answer(self, output: RequestOutput) -> AIMessage:
-        """What `invoke` returns: the first generation's message."""
-        return cast("AIMessage", self.result(output).generations[0].message)
 
     @override
     def end(self, result: ChatResult) -> None:
@@ -217,6 +211,67 @@ class ChatRun(Run[ChatResult]):
     @override
     def fail(self, error: BaseException) -> None:
         self.run_manager.on_llm_error(error, response=LLMResult(generations=[]))
+
+
+class UnwatchedRun(Run[AIMessage]):
+    """One conversation of a call that nobody watches: its answer alone is made.
+
+    A generation, a result and a callback manager around it are thirty objects that Python's
+    collector has to walk, for each answer.
+    """
+
+    __slots__ = ("_call", "_messages", "_run_id")
+
+    def __init__(
+        self, call: ChatListCall, messages: Sequence[BaseMessage], run_id: uuid.UUID
+    ) -> None:
+        self._call = call
+        self._messages = messages
+        self._run_id = run_id
+
+    @override
+    def cached(self) -> None:
+        return None
+
+    @classmethod
+    @override
+    def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
+        plan = runs[0]._call.plan_for(engine)
+        return list(plan.encode([to_conversation(run._messages) for run in runs]))
+
+    @override
+    def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
+        return dataclasses.replace(options, params=self._call.plan_for(engine).params)
+
+    @override
+    def result(self, output: RequestOutput) -> AIMessage:
+        """What `invoke` returns: the first answer's message."""
+        call = self._call
+        assert call.plan is not None, "the prompts were made with it"
+        name = call.options.model
+        message = answer_messages(output, name, call.plan)[0]
+        _finish_message(message, self._run_id, 0, call.model.output_version)
+        if len(output.outputs) == 1:
+            message.response_metadata = {**llm_output(output, name), **message.response_metadata}
+        return message
+
+    @override
+    def end(self, result: AIMessage) -> None:
+        """Nobody is told."""
+
+    @override
+    def fail(self, error: BaseException) -> None:
+        """Nobody is told."""
+
+
+def _finish_message(
+    message: AIMessage, run_id: uuid.UUID, index: int, output_version: str | None
+) -> None:
+    """Give an answer its id, and its form."""
+    message.id = f"{LC_ID_PREFIX}-{run_id}-{index}"
+    if output_version == "v1":
+        message.content = list(message.content_blocks)  # type: ignore[arg-type]
+        message.response_metadata["output_version"] = "v1"
 
 
 def _without_id(message: BaseMessage) -> BaseMessage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,11 @@ from typing_extensions import override
 
 from engine import RequestOutput
 from llm_connectors._answer_plan import AnswerPlan
+from llm_connectors._gathered import submit_chat
 from llm_connectors.langchain._chat_lists import ChatLists
 from llm_connectors.langchain._chunks import ChunkMaker
 from llm_connectors.langchain._events import EventMaker
-from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions
+from llm_connectors.langchain._fields import CallOptions
 from llm_connectors.langchain._messages import to_conversation
 from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
@@ -64,12 +64,9 @@ class ChatStreams(ChatLists):
     ) -> tuple[AnswerPlan, list[int], RequestHandle]:
         engine: Engine = await self._aengine(options)
         plan = self._plan(engine, options)
-        conversations = [to_conversation(messages)]
-        if sum(len(message.content) for message in messages) <= MAX_INLINE_CHARS:
-            (prompt,) = plan.encode(conversations)
-        else:
-            (prompt,) = await asyncio.to_thread(plan.encode, conversations)
-        return plan, prompt, engine.submit(prompt, plan.params, **options.submit)
+        conversation = to_conversation(messages)
+        prompt, handle = await submit_chat(engine, plan, conversation, options.submit)
+        return plan, prompt, handle
 
     # ---------------------------------------------------------------- chunks
 

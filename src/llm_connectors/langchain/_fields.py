@@ -33,12 +33,9 @@ if TYPE_CHECKING:
 
 _ALIASES = {**ALIASES, "model_name": "model"}
 
-MAX_INLINE_CHARS = 8192
-"""Longest prompt an async call tokenizes in the event loop's thread: about 2 ms, cheaper
-than a hop to a worker thread beside a busy engine. Longer ones go to a worker thread."""
-
-
 _PLAIN_TEXT = AnswerOptions()
+_FIELDS_OF_CALLS = ("model", "timeout", "priority", "cache_salt")
+"""Beside the sampling options and a class's own call options, what `CallOptions` are made of."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +95,7 @@ class LocalModelFields(SamplingFields):
 
     _lease: EngineLease = PrivateAttr()
     _params_memo: Memo[SamplingParams] | None = PrivateAttr(default=None)
+    _options_memo: Memo[CallOptions] | None = PrivateAttr(default=None)
 
     _own_call_names: ClassVar[tuple[str, ...]] = ()
     """Fields of the class, beside those of this mixin, that a call may override."""
@@ -210,10 +208,23 @@ class LocalModelFields(SamplingFields):
     ) -> CallOptions:
         """Check the keywords of a call and put them over the fields.
 
+        Those of a call without any are made once, until a field changes.
+
         Raises:
             RequestError: A name is unknown, a value is bad, or an unknown model is asked for.
         """
-        given = {**kwargs, **own_overrides}
+        if kwargs or stop or own_overrides:
+            return self._checked_options(stop, {**kwargs, **own_overrides})
+        fields = self.sampling_values()
+        for name in (*_FIELDS_OF_CALLS, *self._own_call_names):
+            fields[name] = getattr(self, name)
+        memo = memoised(self._options_memo, fields, lambda _fields: self._checked_options(None, {}))
+        if memo[1].lease is not self._lease:  # of the object that this one is a copy of
+            memo = (memo[0], self._checked_options(None, {}))
+        self._options_memo = memo
+        return memo[1]
+
+    def _checked_options(self, stop: list[str] | None, given: dict[str, Any]) -> CallOptions:
         own = {name: given.pop(name, getattr(self, name)) for name in self._own_call_names}
         timeout = given.pop("timeout", self.timeout)
         submit = {

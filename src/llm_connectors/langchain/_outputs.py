@@ -86,6 +86,21 @@ def chat_result(output: RequestOutput, model_name: str, plan: AnswerPlan) -> Cha
         model_name: As told in the metadata.
         plan: How the answers are read.
     """
+    messages = answer_messages(output, model_name, plan)
+    generations = [
+        ChatGeneration(message=message, generation_info=dict(message.response_metadata))
+        for message in messages
+    ]
+    return ChatResult(generations=generations, llm_output=llm_output(output, model_name))
+
+
+def llm_output(output: RequestOutput, model_name: str) -> dict[str, Any]:
+    """What is told of a request beside its answers."""
+    return {"token_usage": token_usage(output.usage), "model_name": model_name}
+
+
+def answer_messages(output: RequestOutput, model_name: str, plan: AnswerPlan) -> list[AIMessage]:
+    """The messages of `chat_result`, one per answer; arguments as there."""
     params = plan.params
     messages: list[AIMessage] = []
     reasoning_tokens = 0
@@ -114,14 +129,7 @@ def chat_result(output: RequestOutput, model_name: str, plan: AnswerPlan) -> Cha
     messages[0].usage_metadata = usage_metadata(
         output.usage, plan.cached_block_size, reasoning_tokens
     )
-    generations = [
-        ChatGeneration(message=message, generation_info=dict(message.response_metadata))
-        for message in messages
-    ]
-    return ChatResult(
-        generations=generations,
-        llm_output={"token_usage": token_usage(output.usage), "model_name": model_name},
-    )
+    return messages
 
 
 def text_generations(

@@ -134,7 +134,7 @@ class ChatLocal(ChatTools):
         messages = self._convert_input(input).to_messages()
         with LANGCHAIN_ERRORS.converting():
             output, call.plan = self._answer(messages, call.options)
-        return call.start(0, messages).answer(output)
+        return call.start_unwatched(0, messages).result(output)
 
     @override
     async def ainvoke(
@@ -153,7 +153,7 @@ class ChatLocal(ChatTools):
         messages = self._convert_input(input).to_messages()
         with LANGCHAIN_ERRORS.converting():
             output, call.plan = await self._aanswer(messages, call.options)
-        return call.start(0, messages).answer(output)
+        return call.start_unwatched(0, messages).result(output)
 
     @override
     def stream(

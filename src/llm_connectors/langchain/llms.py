@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import operator
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
@@ -21,8 +22,9 @@ from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from engine import RequestOutput
+from llm_connectors._gathered import MAX_INLINE_CHARS
 from llm_connectors.langchain._batching import serve, serve_runs
-from llm_connectors.langchain._fields import MAX_INLINE_CHARS, CallOptions, LocalModelFields
+from llm_connectors.langchain._fields import CallOptions, LocalModelFields
 from llm_connectors.langchain._llm_runs import TextListCall
 from llm_connectors.langchain._outputs import PROVIDER, text_chunk, text_generations, token_usage
 from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
@@ -76,8 +78,8 @@ class LocalLLM(LocalModelFields, BaseLLM):
         self, stop: list[str] | None, kwargs: Any, **own_overrides: Any
     ) -> CallOptions:
         options = super()._call_options(stop, kwargs, **own_overrides)
-        options.submit["parse_special"] = options.own["parse_special"]
-        return options
+        submit = {**options.submit, "parse_special": options.own["parse_special"]}
+        return dataclasses.replace(options, submit=submit)
 
     # ---------------------------------------------------------------- prompts
 

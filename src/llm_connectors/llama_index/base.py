@@ -16,6 +16,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 
 from engine import check_parser_names
+from llm_connectors._gathered import submit_chat
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
@@ -28,6 +29,7 @@ from llm_connectors._params import (
 from llm_connectors._runtime import lease_for
 from llm_connectors.llama_index.engine_component import EngineComponent
 from llm_connectors.llama_index.errors import ERRORS
+from llm_connectors.llama_index.messages import template_messages
 from llm_connectors.llama_index.metadata import build_metadata
 from llm_connectors.llama_index.options import REQUEST_NAMES, RequestOptions, request_options
 from llm_connectors.llama_index.pickling import remember
@@ -203,6 +205,21 @@ class EngineBackedLLM(SamplingFields, EngineComponent, FunctionCallingLLM):
         self, engine: Engine, messages: Sequence[ChatMessage], call: dict[str, Any]
     ) -> PendingAnswer:
         return self._submit_chats(engine, [messages], call)[0]
+
+    async def _asubmit_chat(
+        self, engine: Engine, messages: Sequence[ChatMessage], call: dict[str, Any]
+    ) -> PendingAnswer:
+        """`_submit_chat`, together with the other chats that begin in this turn of the loop."""
+        with ERRORS.converting():
+            options = self._options(call)
+            plan = self._prompts(engine, options).chat_plan()
+            if plan is None or self.context_window is not None:
+                return self._submit_chat(engine, messages, call)
+            order = {"priority": options.priority, "cache_salt": options.cache_salt}
+            conversation = template_messages(messages)
+            prompt, handle = await submit_chat(engine, plan, conversation, order)
+            reader = plan.stream(prompt)
+            return PendingAnswer(handle, engine.model_name, options.timeout, reader)
 
     def _submit_completion(
         self, engine: Engine, prompt: str, formatted: bool, call: dict[str, Any]

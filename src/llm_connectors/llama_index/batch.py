@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
+from llm_connectors.llama_index.observation import is_observed
+
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
 
@@ -88,6 +90,9 @@ def _abort(pending: list[PendingAnswer]) -> None:
 def _completion(
     llm: LLM, prompt: str, pending: PendingAnswer, call: dict[str, Any]
 ) -> CompletionResponse:
+    if not is_observed(llm):
+        return pending.wait().as_completion()
+
     @llm_completion_callback()
     def collect(_llm: LLM, _prompt: str, **_call: Any) -> CompletionResponse:
         return pending.wait().as_completion()
@@ -99,6 +104,9 @@ def _completion(
 async def _acompletion(
     llm: LLM, prompt: str, pending: PendingAnswer, call: dict[str, Any]
 ) -> CompletionResponse:
+    if not is_observed(llm):
+        return (await pending.wait_async()).as_completion()
+
     @llm_completion_callback()
     async def collect(_llm: LLM, _prompt: str, **_call: Any) -> CompletionResponse:
         return (await pending.wait_async()).as_completion()
@@ -110,6 +118,9 @@ async def _acompletion(
 def _chat(
     llm: LLM, messages: Sequence[ChatMessage], pending: PendingAnswer, call: dict[str, Any]
 ) -> ChatResponse:
+    if not is_observed(llm):
+        return pending.wait().as_chat()
+
     @llm_chat_callback()
     def collect(_llm: LLM, _messages: Sequence[ChatMessage], **_call: Any) -> ChatResponse:
         return pending.wait().as_chat()
@@ -121,6 +132,9 @@ def _chat(
 async def _achat(
     llm: LLM, messages: Sequence[ChatMessage], pending: PendingAnswer, call: dict[str, Any]
 ) -> ChatResponse:
+    if not is_observed(llm):
+        return (await pending.wait_async()).as_chat()
+
     @llm_chat_callback()
     async def collect(_llm: LLM, _messages: Sequence[ChatMessage], **_call: Any) -> ChatResponse:
         return (await pending.wait_async()).as_chat()

@@ -14,10 +14,10 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
 )
-from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index_instrumentation import get_dispatcher
 
 from llm_connectors.llama_index import batch
+from llm_connectors.llama_index.observation import chat_endpoint, completion_endpoint
 from llm_connectors.llama_index.responses import Answer
 from llm_connectors.llama_index.structured import StructuredOutput
 
@@ -59,7 +59,7 @@ class LocalLLM(StructuredOutput):
 
     # ------------------------------------------------------------------ whole answers
 
-    @llm_chat_callback()
+    @chat_endpoint(dispatcher)
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The assistant's answer to a conversation.
 
@@ -78,13 +78,13 @@ class LocalLLM(StructuredOutput):
         """
         return self._submit_chat(self.engine, messages, kwargs).wait().as_chat()
 
-    @llm_chat_callback()
+    @chat_endpoint(dispatcher)
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat`, awaited. Cancelling the task aborts the request."""
-        pending = self._submit_chat(await self._aengine(), messages, kwargs)
+        pending = await self._asubmit_chat(await self._aengine(), messages, kwargs)
         return (await pending.wait_async()).as_chat()
 
-    @llm_completion_callback()
+    @completion_endpoint(dispatcher)
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The model's answer to a prompt, or its continuation; see the class.
 
@@ -99,7 +99,7 @@ class LocalLLM(StructuredOutput):
             self._submit_completion(self.engine, prompt, formatted, kwargs).wait().as_completion()
         )
 
-    @llm_completion_callback()
+    @completion_endpoint(dispatcher)
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
@@ -109,7 +109,7 @@ class LocalLLM(StructuredOutput):
 
     # ------------------------------------------------------------------ streams
 
-    @llm_chat_callback()
+    @chat_endpoint(dispatcher)
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """The answer while it grows: each chunk has the text so far and what is new.
 
@@ -118,15 +118,15 @@ class LocalLLM(StructuredOutput):
         """
         return self._submit_chat(self.engine, messages, kwargs).stream(Answer.as_chat)
 
-    @llm_chat_callback()
+    @chat_endpoint(dispatcher)
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` as an async generator."""
-        pending = self._submit_chat(await self._aengine(), messages, kwargs)
+        pending = await self._asubmit_chat(await self._aengine(), messages, kwargs)
         return pending.stream_async(Answer.as_chat)
 
-    @llm_completion_callback()
+    @completion_endpoint(dispatcher)
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
@@ -135,7 +135,7 @@ class LocalLLM(StructuredOutput):
             Answer.as_completion
         )
 
-    @llm_completion_callback()
+    @completion_endpoint(dispatcher)
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:

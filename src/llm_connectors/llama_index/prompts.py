@@ -79,14 +79,24 @@ class PromptBuilder:
                 and no template that could show them.
         """
         dicts = [template_messages(messages) for messages in conversations]
+        plan = self.chat_plan()
+        if plan is not None:
+            return PreparedPrompts(plan.encode(dicts), plan.params, plan)
         if self.messages_to_prompt is not generic_messages:
             texts = [self.messages_to_prompt(messages) for messages in conversations]
             return self._plain([self._with_one_bos(text) for text in texts])
-        if not self.has_template:
-            texts = [generic_messages(messages) for messages in conversations]
-            return self._plain([self.engine.tokenize(text) for text in texts])
-        plan = AnswerPlan(self.engine, self.options.answer, self.options.params)
-        return PreparedPrompts(plan.encode(dicts), plan.params, plan)
+        texts = [generic_messages(messages) for messages in conversations]
+        return self._plain([self.engine.tokenize(text) for text in texts])
+
+    def chat_plan(self) -> AnswerPlan | None:
+        """How conversations go through a chat template; None where they do not.
+
+        Raises:
+            RequestError: The model cannot do what the call asks for.
+        """
+        if self.messages_to_prompt is not generic_messages or not self.has_template:
+            return None
+        return AnswerPlan(self.engine, self.options.answer, self.options.params)
 
     def completions(self, prompts: Sequence[str], *, formatted: bool) -> PreparedPrompts:
         """Completion prompts; `formatted` text is used as it stands."""

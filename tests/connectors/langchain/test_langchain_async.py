@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from langchain_fake_engine import beat
 
-from llm_connectors.langchain import _fields
+from llm_connectors import _gathered
 
 
 def text_of(answer):
@@ -153,7 +153,7 @@ def test_loading_does_not_block_the_loop(model_class, fake_engine, monkeypatch):
 
 
 def test_long_conversations_are_rendered_in_a_worker_thread(chat, fake_engine, monkeypatch):
-    monkeypatch.setattr("llm_connectors.langchain._chat_streams.MAX_INLINE_CHARS", 10)
+    monkeypatch.setattr("llm_connectors._gathered.MAX_INLINE_CHARS", 10)
     asyncio.run(chat.ainvoke("short"))
     assert fake_engine.last_render.thread is threading.main_thread()
     assert asyncio.run(chat.ainvoke("a long conversation")).content == "a long conversation"[::-1]
@@ -174,4 +174,4 @@ def test_long_prompts_are_encoded_in_a_worker_thread(llm, fake_engine, monkeypat
     assert threads == []
     assert asyncio.run(llm.ainvoke("a longer prompt")).rstrip("\x01") == "tpmorp regnol a"
     assert threads[0] is not threading.main_thread()
-    assert _fields.MAX_INLINE_CHARS > 1000
+    assert _gathered.MAX_INLINE_CHARS > 1000

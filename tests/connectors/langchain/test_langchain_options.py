@@ -1,5 +1,7 @@
 """Options: every one reaches the engine by every way, and no name is swallowed."""
 
+import dataclasses
+
 import pytest
 from langchain_calls import VERBS
 from langchain_core.runnables import ConfigurableField
@@ -273,3 +275,45 @@ def test_model_and_engine_must_agree(model_class, fake_engine):
 def test_the_engine_is_fixed_at_construction(model, name):
     with pytest.raises(ValidationError, match="frozen"):
         setattr(model, name, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("timeout", 5.0),
+        ("priority", 3),
+        ("cache_salt", "tenant"),
+        ("temperature", 0.5),
+        ("stop", ["x"]),
+        ("stream_usage", False),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"a": 1}),
+        ("tool_parser", "hermes"),
+        ("reasoning", True),
+        ("reasoning_parser", "none"),
+    ],
+)
+def test_options_that_are_kept_follow_every_field(fake_engine, field, value):
+    """Options of calls without keywords are made once; a field set later is seen by the next."""
+    chat = ChatLocal(engine=fake_engine)
+    before = chat._call_options(None, {})
+    assert chat._call_options(None, {}) is before
+    setattr(chat, field, value)
+    fresh = ChatLocal(engine=fake_engine, **{field: value})._call_options(None, {})
+    assert chat._call_options(None, {}) == dataclasses.replace(fresh, lease=chat._lease)
+    assert chat._call_options(None, {}) != before
+
+
+def test_options_that_are_kept_see_a_change_inside_a_field(fake_engine):
+    chat = ChatLocal(engine=fake_engine, chat_template_kwargs={"a": 1})
+    kept = chat._call_options(None, {})
+    chat.chat_template_kwargs["a"] = 2
+    assert chat._call_options(None, {}) is not kept
+    assert chat._call_options(None, {}).answer.template_kwargs == {"a": 2}
+
+
+def test_a_copy_keeps_no_options_of_another_lease(fake_engine):
+    chat = ChatLocal(engine=fake_engine)
+    chat._call_options(None, {})
+    twin = chat.model_copy(deep=True)
+    assert twin._call_options(None, {}).lease is twin._lease

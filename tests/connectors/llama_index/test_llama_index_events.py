@@ -16,6 +16,7 @@ from llama_index.core.instrumentation.event_handlers.base import BaseEventHandle
 from llama_index.core.instrumentation.events.base import BaseEvent
 from llama_index.core.rate_limiter import BaseRateLimiter
 from llama_index_fake_engine import FakeEngine
+from llama_index_instrumentation.span_handlers import NullSpanHandler
 
 from llm_connectors.llama_index import ContextOverflowError, LocalLLM
 
@@ -90,6 +91,54 @@ def test_start_and_end_once_per_request(
     starts = [event for event in recorder.events if "Start" in type(event).__name__]
     assert all(event.additional_kwargs == {"top_k": 3} for event in starts)
     assert starts[0].model_dict["model_name"] == "fake"
+
+
+@pytest.mark.parametrize("endpoint", [*ENDPOINTS, *BATCHES])
+def test_nothing_is_made_for_nobody(
+    llm: LocalLLM, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    """Without a handler no event is built; with one it is."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an event was announced")
+
+    for name in ("LLMChatStartEvent", "LLMCompletionStartEvent"):
+        monkeypatch.setattr(f"llama_index.core.llms.callbacks.{name}", refuse)
+    assert run(llm, endpoint) == len(fake.requests)
+    watched = LocalLLM(engine=fake, callback_manager=CallbackManager([TokenCountingHandler()]))
+    with pytest.raises(AssertionError, match="an event was announced"):
+        run(watched, endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_endpoint_keeps_its_name_and_signature(endpoint: str) -> None:
+    method = getattr(LocalLLM, endpoint)
+    assert method.__name__ == endpoint
+    first = "messages" if endpoint.endswith("chat") else "prompt"
+    assert list(inspect.signature(method).parameters)[:2] == ["self", first]
+    assert inspect.iscoroutinefunction(method) == endpoint.startswith("a")
+
+
+def test_a_span_handler_anywhere_is_served(llm: LocalLLM, fake: FakeEngine) -> None:
+    """Spans are told with the class, the method and their parent, as of any LlamaIndex class."""
+    entered: list[str] = []
+
+    class Spans(NullSpanHandler):
+        def span_enter(self, id_: str, *_: Any, **__: Any) -> None:
+            entered.append(id_.partition("-")[0])
+
+    class Own(Spans):
+        pass
+
+    dispatcher = instrument.get_dispatcher("llm_connectors.llama_index.local_llm")
+    handler = Own()
+    dispatcher.add_span_handler(handler)
+    try:
+        for endpoint in ENDPOINTS:
+            run(llm, endpoint)
+    finally:
+        dispatcher.span_handlers.remove(handler)
+    assert entered == [f"LocalLLM.{endpoint}" for endpoint in ENDPOINTS]
 
 
 @pytest.mark.parametrize("endpoint", [*ENDPOINTS, *BATCHES])
