@@ -2,8 +2,8 @@
 
 `python benchmarks/bench_kernels.py` prints one table, on the GPU inside CUDA graphs as the engine
 runs them, else of the CPU path; rows also go to bench-results/kernels.jsonl. `--sweep` tries other
-tiles for decode and prefill (GPU). Keys and values of a row rotate over enough copies to leave no
-part of them in the L2 cache.
+tiles for decode and prefill (GPU), `--quantised` times products with weights of codes. Keys and
+values of a row rotate over enough copies to leave no part of them in the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from environment import print_table, write_rows
+from quantised_products import FORMATS, quantised_expert_rows, quantised_rows
+from quantised_products import ROWS as QUANTISED_ROWS
 
 from engine.kernels import dispatch
 from engine.kernels.kv_cache import (
@@ -631,6 +633,10 @@ def gpu_rows(device: torch.device) -> list[Row]:
         rows += few_row_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (16, 64, 160, 256)):
         rows += fused_rows(shape, num_tokens, device, dtype)
+    for form, num_tokens in itertools.product(FORMATS[:1], (1, 16, 64)):
+        rows += quantised_rows(Row, num_tokens, (4096, 4096), form, device, dtype)
+    for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 64, 1024)):
+        rows += quantised_expert_rows(Row, expert_shape, num_tokens, FORMATS[1], device, dtype)
     for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 16, 64, 256, 8192)):
         rows += expert_rows(expert_shape, num_tokens, device, dtype)
     return rows
@@ -840,10 +846,25 @@ def sweep_few_rows(device: torch.device) -> None:
                 print(f"  {us:9.2f} us {row.num_bytes / us / 1e3:6.0f} GB/s  {tiles}", flush=True)
 
 
+def report_quantised(device: torch.device) -> None:
+    """Products of llama-8b's shapes with weights of codes, a table for each format and shape."""
+    shape = next(shape for shape in SHAPES if shape.name == "8B")
+    hidden_size, inner = shape.hidden_size, shape.intermediate_size
+    width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    sizes = [(width, hidden_size), (2 * inner, hidden_size), (hidden_size, inner)]
+    for form, size in itertools.product(FORMATS, sizes):
+        rows = [
+            quantised_rows(Row, num_rows, size, form, device, torch.bfloat16)[0]
+            for num_rows in QUANTISED_ROWS
+        ]
+        report(rows, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="try other attention tiles (GPU)")
     parser.add_argument("--sweep-few-rows", action="store_true", help="try tiles of products (GPU)")
+    parser.add_argument("--quantised", action="store_true", help="weights of codes (GPU)")
     parser.add_argument("--only", default="", help="ops or cases whose name contains this")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -853,6 +874,9 @@ def main() -> None:
         return
     if options.sweep_few_rows:
         sweep_few_rows(device)
+        return
+    if options.quantised:
+        report_quantised(device)
         return
     rows = gpu_rows(device) if device.type == "cuda" else cpu_rows(device)
     report([row for row in rows if options.only in f"{row.op} {row.case}"], device)

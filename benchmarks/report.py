@@ -298,6 +298,26 @@ def quantised(rows: list[Row]) -> str:
     )
 
 
+def rounded(rows: list[Row]) -> str:
+    """A figure per row, a kind of weights per column; times beside the first column's."""
+    found = latest(rows, "rounded")
+    kinds = list(dict.fromkeys(row["kind"] for row in found.values()))
+    lines = []
+    for shape, figure in dict.fromkeys((row["shape"], row["figure"]) for row in found.values()):
+        line: list[str | None] = [shape, figure]
+        base = found.get(f"{shape}/{kinds[0]}/{figure}")
+        for kind in kinds:
+            row = found.get(f"{shape}/{kind}/{figure}")
+            text = row and f"{row['value']:.4g} {row['unit']}"
+            if row and row.get("floor_share"):
+                text = f"{text}, {_percent(row['floor_share'])} of floor"
+                if base and base is not row:
+                    text = f"{text}, {base['value'] / row['value']:.2f}×"
+            line.append(text)
+        lines.append(line)
+    return markdown(["shape", "figure", *kinds], lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "table": table,
     "busy": busy,
@@ -312,6 +332,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "embed": embed,
     "constrained": constrained,
     "quantised": quantised,
+    "rounded": rounded,
 }
 
 

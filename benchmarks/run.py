@@ -7,7 +7,8 @@
 
 Sections on a GPU: table (the five workloads and the start), busy (beside spinning Python threads),
 latency (Poisson arrivals), frameworks (through LangChain and LlamaIndex), growth (running
-sequences, context), memory, kernels, embed (vectors beside the usual loop). On a CPU: cpu (side by
+sequences, context), memory, kernels, embed (vectors beside the usual loop), rounded (the forms of
+`quantization=` across batch sizes). On a CPU: cpu (side by
 side with transformers), callers (what the caller's side costs per request), host (the same at a
 GPU's pace, on a device that only waits), embed, quantised (the demo model in every kind of format).
 On both: llama_index (pipelines of LlamaIndex), constrained (64 JSON answers beside the same
@@ -50,6 +51,7 @@ GPU_SECTIONS = {
     "embed": 120.0,
     "llama_index": 90.0,
     "constrained": 90.0,
+    "rounded": 240.0,
 }
 CPU_SECTIONS = {
     "cpu": 900.0,

@@ -6,13 +6,14 @@ import logging
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.scheduler import Scheduler
-from engine.errors import ConfigError
+from engine.errors import ConfigError, UnsupportedModelError
 from engine.kernels.kv_cache import bytes_of_head
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.quantised_checkpoint import warn_of_expansion
@@ -22,6 +23,7 @@ from engine.models.any_model import AnyConfig, AnyModel, describe_model, make_mo
 from engine.models.decoder import Decoder, shapes_of
 from engine.models.description import DecoderConfig
 from engine.models.quantised_loading import CodesPlan, plan_codes, runs_in_codes
+from engine.models.quantiser import Quantiser
 from engine.models.transformers_model import ModelSizes
 from engine.runner.memory import (
     check_model_fits,
@@ -112,11 +114,13 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
     stream = take_stream(device) if device.type == "cuda" else None
     with device_context(device, stream), torch.inference_mode():
         with open_checkpoint(files, load_format=config.load_format) as checkpoint:
-            codes = None
-            if isinstance(model_config, DecoderConfig) and runs_quantised(
-                config, files, device, dtype
+            codes = quantiser = None
+            if config.quantization is not None:
+                quantiser = _make_quantiser(config.quantization, model_config, dtype)
+            if isinstance(model_config, DecoderConfig) and (
+                quantiser is not None or runs_quantised(config, files, device, dtype)
             ):
-                codes = _plan_codes(model_config, checkpoint, device, dtype, config)
+                codes = _plan_codes(model_config, checkpoint, device, dtype, config, quantiser)
             num_weight_bytes = (
                 weight_bytes(model_config, dtype, device) if codes is None else codes.num_bytes
             )
@@ -132,7 +136,8 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             if codes is None:
                 warn_of_expansion(checkpoint, num_weight_bytes)
             if isinstance(model, Decoder):
-                model.load(checkpoint, None if codes is None else codes.factory(model.step_rows))
+                factory = None if codes is None else codes.factory(model.step_rows)
+                model.load(checkpoint, factory, quantiser)
             else:
                 model.load(checkpoint)
         resolved = _resolve_sizes(config, model, device, dtype)
@@ -261,20 +266,40 @@ def runs_quantised(
     return runs_in_codes(device, dtype, is_needed=files.gguf is None)
 
 
+def _make_quantiser(name: str, model_config: AnyConfig, dtype: torch.dtype) -> Quantiser:
+    if not isinstance(model_config, DecoderConfig):
+        msg = (
+            f"quantization={name!r} needs an architecture that the engine has itself; this one "
+            "runs through transformers. Leave quantization out."
+        )
+        raise UnsupportedModelError(msg)
+    shapes = {name: tuple(view.shape) for name, view in shapes_of(model_config).named_weights()}
+    return Quantiser(name, dtype, shapes, is_tied=model_config.tie_word_embeddings)
+
+
 def _plan_codes(
     model_config: DecoderConfig,
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     config: EngineConfig,
+    quantiser: Quantiser | None,
 ) -> CodesPlan:
     """The quickest products that fit the memory; the smallest where none does."""
-    shapes = shapes_of(model_config)
-    plan = plan_codes(shapes, checkpoint, device, dtype, saves_memory=False)
+    plan_of = partial(
+        plan_codes,
+        shapes_of(model_config),
+        checkpoint,
+        device,
+        dtype,
+        batch_invariant=config.batch_invariant,
+        quantiser=quantiser,
+    )
+    plan = plan_of(saves_memory=False)
     kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
     if fits(plan.num_bytes + kv_bytes, device, config):
         return plan
-    small = plan_codes(shapes, checkpoint, device, dtype, saves_memory=True)
+    small = plan_of(saves_memory=True)
     if small.num_bytes < plan.num_bytes:
         logger.warning(
             "%s takes %s with quick products, for which there is no room: weights stay packed "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 PLACEMENTS = ("thread", "process")
+QUANTIZATIONS = ("int4", "int8", "fp8")
 TASKS = ("auto", "generate", "embed")
 DEFAULT_MAX_NUM_SEQS = 256
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
@@ -47,6 +48,11 @@ class EngineConfig:
             CPU, quantised GGUF weights stay quantised: less memory, faster up to about 16 running
             sequences; a dtype that is named expands them, which is faster beyond. Other quantised
             checkpoints stay quantised whatever the dtype of activations.
+        quantization: Round the plain weights of a model that generates while they are loaded, layer
+            by layer: "int4" (4.5 bits a weight), "int8", or "fp8" (e4m3; on a GPU, rows of long
+            prompts are rounded to e4m3, too). The output projection gets 8 bits at least, an
+            embedding of its own and norms stay as they are. Default: weights as the checkpoint
+            has them; one that is quantised already is run so, and needs no option.
         max_model_len: Most tokens of prompt and answer together. Default: the model's own limit,
             lowered to what the KV cache holds.
         max_num_seqs: Most sequences running at once, 1 to 4096. Further ones wait. Default 256.
@@ -95,6 +101,7 @@ class EngineConfig:
     load_format: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
@@ -119,6 +126,8 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPE_NAMES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("placement", self.placement, PLACEMENTS)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
         if not isinstance(self.device, str) or self.device.split(":")[0] not in (
             "auto",
             "cpu",

@@ -46,6 +46,12 @@ def _check_options(config: EngineConfig, task: Task) -> None:
             )
             raise ConfigError(msg)
         return
+    if config.quantization is not None:
+        msg = (
+            f"quantization={config.quantization!r} is for models that generate, and "
+            f"{config.model!r} embeds or scores. Leave it out."
+        )
+        raise ConfigError(msg)
     for name in ("kv_cache_memory_bytes", "num_kv_blocks", "block_size"):
         if getattr(config, name) is not None:
             msg = (

@@ -106,6 +106,7 @@ def test_the_table_compares_with_the_others_and_the_goal(tmp_path):
 def test_goals_stand_beside_what_was_reached(tmp_path):
     rows = sample_rows(tmp_path / "rows.jsonl")
     assert "| 80 % (≥ 75 %) | 70 % (≥ 60 %) |" in section_text("busy", rows)
+    assert "| 6 ms, 80 % of floor | 2.4 ms, 80 % of floor, 2.50× |" in section_text("rounded", rows)
     assert "| ChatLocal.batch | 1000 | 2.200 | +10.0% | ≤ +15% |" in section_text(
         "frameworks", rows
     )

@@ -15,9 +15,11 @@ from kernel_cases import (
     make_metadata,
     only_sequence,
 )
+from quantised_cases import KINDS, random_codes
 
 from engine.kernels import cpu_attention, dispatch, reference
 from engine.kernels.moe_reference import Routing
+from engine.layers.quantised_packing import pack_codes
 
 DTYPES = list(TOLERANCE)
 
@@ -344,3 +346,20 @@ def test_moe_experts_row_by_row(dtype: torch.dtype) -> None:
             x[rows], **weight, weights=weights[rows], experts=experts[rows], activation="silu"
         )
         assert torch.equal(alone, got[rows])
+
+
+def test_quantised_products_take_the_plain_twins() -> None:
+    """On a CPU the factory of its layers takes other products; these are for comparison."""
+    planes = pack_codes(random_codes(KINDS[1], 16, 128))
+    x = torch.randn(3, 128)
+    got = dispatch.quantised_linear(x, planes)
+    rows = dispatch.quantised_rows(planes, None, torch.float32)
+    torch.testing.assert_close(got, F.linear(x, rows))
+    both = pack_codes(random_codes(KINDS[1], 64, 128)), pack_codes(random_codes(KINDS[1], 128, 32))
+    experts = torch.zeros(3, 1, dtype=torch.int32)
+    y = dispatch.quantised_experts(
+        x, *both, None, None, torch.ones(3, 1), experts, activation="silu"
+    )
+    gate_up, down = (dispatch.quantised_rows(planes, None, torch.float32) for planes in both)
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    torch.testing.assert_close(y, F.linear(F.silu(gate) * up, down))

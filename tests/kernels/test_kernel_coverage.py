@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import cpu, dispatch, fused_reference, reference
+from engine.kernels import cpu, dispatch, fused_reference, quantised_reference, reference
 
 ROOT = Path(__file__).parents[2]
 KERNEL_MODULE = {
@@ -24,6 +24,7 @@ KERNEL_MODULE = {
     "scaled_qkv": "fused_qkv",
     "add_weighed_linear": "fused_linear",
     "embed_weighed": "embed_rows",
+    "quantised_rows": "quantised_linear",
 }
 
 
@@ -37,7 +38,8 @@ def parameters(function: object) -> list[tuple[str, object, object]]:
 @pytest.mark.parametrize("op", dispatch.PUBLIC_OPS)
 def test_op_has_twins_with_its_signature(op: str) -> None:
     want = parameters(getattr(dispatch, op))
-    twins = reference if hasattr(reference, op) else fused_reference
+    modules = (reference, fused_reference, quantised_reference)
+    twins = next(module for module in modules if hasattr(module, op))
     assert parameters(getattr(twins, op)) == want
     assert parameters(getattr(cpu, op)) == want
     if importlib.util.find_spec("triton") is not None:
@@ -78,6 +80,10 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench.layer_rows(shape, 2, device, torch.float32)
     rows += bench.few_row_rows(shape, 2, device, torch.float32)
     rows += bench.fused_rows(shape, 2, device, torch.float32)
+    rows += bench.quantised_rows(bench.Row, 2, (256, 512), bench.FORMATS[0], device, torch.float32)
+    rows += bench.quantised_expert_rows(
+        bench.Row, bench.SMALL_EXPERTS, 2, bench.FORMATS[1], device, torch.float32
+    )
     rows += bench.expert_rows(bench.SMALL_EXPERTS, 2, device, torch.float32)
     rows.append(bench.attention_row(shape, [(20, 1)] * 2, "", device, torch.float32))
     rows.append(bench.attention_row(shape, [(0, 20)], "", device, torch.float32))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from kernel_cases import PADDING, AttentionCase, make_case, make_metadata
+from quantised_cases import KINDS, CodeKind, random_codes
 from transformers.activations import ACT2FN
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -17,8 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from engine.errors import ConfigError
-from engine.kernels import fused_reference, reference
+from engine.kernels import fused_reference, quantised_reference, reference
 from engine.kernels.moe_reference import Routing
+from engine.layers.quantised_packing import pack_codes
 
 
 def sdpa(case: AttentionCase, row: int, sliding_window: int | None) -> torch.Tensor:
@@ -354,3 +356,51 @@ def test_moe_experts_are_mixtrals_and_gpt_oss_s() -> None:
         swiglu_alpha=1.702,
     )
     torch.testing.assert_close(got, oss(x, experts.long(), weights), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_quantised_rows_are_the_codes_numbers(kind: CodeKind) -> None:
+    codes = random_codes(kind, 24, 384)
+    planes = pack_codes(codes)
+    want = codes.expand()
+    if codes.columns is not None:
+        want = want[:, codes.columns]
+    got = quantised_reference.quantised_rows(planes, None, torch.float32)
+    # Scales and minima, of at most 2^bits scales, are rounded to float16.
+    largest = float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=largest * 2.0**-10)
+    rows = torch.tensor([5, 23, 5])
+    assert torch.equal(quantised_reference.quantised_rows(planes, rows, torch.float32), got[rows])
+
+
+def test_quantised_linear_is_the_product_with_the_expanded_weight() -> None:
+    codes = random_codes(KINDS[3], 24, 256)  # its columns are in another order
+    planes = pack_codes(codes)
+    x, bias = torch.randn(5, 256), torch.randn(24)
+    got = quantised_reference.quantised_linear(x, planes, bias)
+    # Scales' rounding, 2^-12, is shared by 128 columns of weights up to 16 scales large.
+    torch.testing.assert_close(got, F.linear(x, codes.expand(), bias), rtol=0, atol=1e-2)
+    out = torch.empty(5, 24)
+    assert quantised_reference.quantised_linear(x, planes, bias, out) is out
+    assert torch.equal(out, got)
+
+
+def test_quantised_experts_are_those_of_the_expanded_weights() -> None:
+    gate_up, down = (
+        pack_codes(random_codes(KINDS[0], rows, columns))
+        for rows, columns in ((192, 64), (192, 32))
+    )
+    x, weights = torch.randn(5, 64), torch.rand(5, 2)
+    experts = torch.randint(0, 3, (5, 2), dtype=torch.int32)
+    got = quantised_reference.quantised_experts(
+        x, gate_up, down, None, None, weights, experts, activation="silu"
+    )
+    plain = (quantised_reference.quantised_rows(w, None, torch.float32) for w in (gate_up, down))
+    gates_and_ups, downs = (w.view(3, -1, w.shape[1]) for w in plain)
+    want = torch.zeros(5, 64)
+    for token, choice in ((t, c) for t in range(5) for c in range(2)):
+        expert = int(experts[token, choice])
+        gate, up = (gates_and_ups[expert] @ x[token]).chunk(2)
+        y = downs[expert] @ (F.silu(gate) * up)
+        want[token] += weights[token, choice] * y
+    torch.testing.assert_close(got, want)

@@ -111,5 +111,8 @@ def sample_rows(path):
         )
     for kind, value in (("gguf", 90.0), ("awq", 80.0)):
         rows.add("quantised", f"{kind}/decode_tok_s", value, "tok/s", kind=kind)
+    for kind, value in (("bfloat16", 6.0), ("int4", 2.4)):
+        facts = {"shape": "llama-8b", "kind": kind, "figure": "decode-1", "floor_share": 0.8}
+        rows.add("rounded", f"llama-8b/{kind}/decode-1", value, "ms", **facts)
     rows.add("cpu", "import/engine", 0.02, "s", module="engine")
     return load_rows(path)

@@ -19,6 +19,11 @@ from engine.kernels.fused_reference import (
 )
 from engine.kernels.kv_cache import KVTensor, QuantisedCache
 from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.quantised_reference import (
+    quantised_experts,
+    quantised_linear,
+    quantised_rows,
+)
 from engine.kernels.reference import (
     add_linear,
     embed_rows,
@@ -42,6 +47,9 @@ __all__ = [
     "normed_linear",
     "normed_qkv",
     "paged_attention",
+    "quantised_experts",
+    "quantised_linear",
+    "quantised_rows",
     "rms_norm",
     "rope_write_kv",
     "scaled_linear",

@@ -1,7 +1,7 @@
 """The ops that layers call. CPU tensors take `cpu`, CUDA tensors the Triton kernels.
 
-Every op here has the same name and arguments in `reference` or `fused_reference`, which state
-formula, shapes and rounding. Triton is imported by the first call with a CUDA tensor.
+Every op has a twin of the same name in one of the `reference` modules, which state formula, shapes
+and rounding. Triton is imported by the first call with a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from engine.kernels import cpu
 from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.moe_reference import Routing
+from engine.kernels.quantised_layout import CodePlanes
 
 PUBLIC_OPS = (
     "rms_norm",
@@ -31,6 +32,9 @@ PUBLIC_OPS = (
     "embed_weighed",
     "moe_route",
     "moe_experts",
+    "quantised_experts",
+    "quantised_linear",
+    "quantised_rows",
 )
 
 
@@ -198,11 +202,7 @@ def normed_linear(
     weight_offset: float = 0.0,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """Product of a norm, gated on demand; see `reference.normed_linear`.
-
-    Raises:
-        ConfigError: `activation` is none of "silu", "gelu", "gelu_tanh".
-    """
+    """Product of a norm, gated on demand; see `reference.normed_linear`, and `act_mul`."""
     if hidden.is_cuda:
         from engine.kernels.few_row_linear import normed_linear as op
     else:
@@ -293,11 +293,7 @@ def scaled_linear(
     eps: float,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """Product of weighed rows, gated on demand; see `fused_reference.scaled_linear`.
-
-    Raises:
-        ConfigError: `activation` is none of "silu", "gelu", "gelu_tanh".
-    """
+    """Product of weighed rows, gated on demand; see `fused_reference.scaled_linear`, `act_mul`."""
     if x.is_cuda:
         from engine.kernels.fused_linear import scaled_linear as op
     else:
@@ -428,3 +424,64 @@ def moe_experts(
 
 
 __all__ = [*PUBLIC_OPS, "begin_step"]
+
+
+def quantised_linear(
+    x: torch.Tensor,
+    weight: CodePlanes,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """`x @ w.T + bias` with codes; see `quantised_reference.quantised_linear`."""
+    if not x.is_cuda:
+        return cpu.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
+    from engine.kernels import quantised_linear as kernels
+
+    return kernels.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
+
+
+def quantised_rows(
+    weight: CodePlanes, rows: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of a weight of codes as numbers; see `quantised_reference.quantised_rows`."""
+    if weight.device.type != "cuda":
+        return cpu.quantised_rows(weight, rows, dtype)
+    from engine.kernels import quantised_linear as kernels
+
+    return kernels.quantised_rows(weight, rows, dtype)
+
+
+def quantised_experts(
+    x: torch.Tensor,
+    gate_up: CodePlanes,
+    down: CodePlanes,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    *,
+    activation: str,
+    scales_input: bool = False,
+    swiglu_limit: float = 0.0,
+    swiglu_alpha: float = 1.0,
+) -> torch.Tensor:
+    """The chosen experts, weights of codes; see `quantised_reference.quantised_experts`."""
+    if x.is_cuda:
+        from engine.kernels.quantised_experts import quantised_experts as op
+    else:
+        op = cpu.quantised_experts
+    return op(
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        weights,
+        experts,
+        activation=activation,
+        scales_input=scales_input,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+    )

@@ -286,8 +286,14 @@ def moe_experts(
         EVEN_K=width % tiles.block_k == 0,
         **launch,
     )
-    block = min(1024, triton.next_power_of_2(num_inner))
-    _sum_kernel[(num_tokens, triton.cdiv(num_inner, block))](
-        y, out, num_inner, NUM_CHOSEN=num_chosen, BLOCK=block, num_warps=4
-    )
+    sum_choices(y, out, num_chosen)
     return out
+
+
+def sum_choices(y: torch.Tensor, out: torch.Tensor, num_chosen: int) -> None:
+    """Write to `out` [T, H] the sums of each token's `num_chosen` rows of y [T K, H], in order."""
+    num_tokens, num_columns = out.shape
+    block = min(1024, triton.next_power_of_2(num_columns))
+    _sum_kernel[(num_tokens, triton.cdiv(num_columns, block))](
+        y, out, num_columns, NUM_CHOSEN=num_chosen, BLOCK=block, num_warps=4
+    )

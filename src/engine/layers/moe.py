@@ -15,6 +15,7 @@ from engine.kernels.moe_reference import (
     sigmoid_by_row,
     sum_of_experts,
 )
+from engine.kernels.quantised_layout import CodePlanes
 from engine.layers.linear import Linear, can_pack, packed_linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.quantised_linear import Product, StepRows
@@ -130,6 +131,7 @@ class MixtureOfExperts:
                 self.shared_gate = linear({"shared_expert_gate": 1}, dtype)
         self._packed: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._products: Sequence[tuple[Product, Product]] = ()
+        self._planes: tuple[CodePlanes, CodePlanes] | None = None
         self._rows = StepRows()
 
     @property
@@ -147,6 +149,16 @@ class MixtureOfExperts:
         self._products, self._rows = products, rows
         self._allocate.clear()
 
+    def use_planes(self, gate_up: CodePlanes, down: CodePlanes) -> None:
+        """Compute with weights of codes instead of the layer's own; call before loading.
+
+        Args:
+            gate_up: [E 2 I, H], experts below each other, each with its gate above its up.
+            down: [E H, I].
+        """
+        self._planes = (gate_up, down)
+        self._allocate.clear()
+
     def __getattr__(self, name: str) -> torch.Tensor:
         # Only asked for what is not there.
         allocate = self.__dict__.get("_allocate", {}).get(name)
@@ -162,7 +174,7 @@ class MixtureOfExperts:
         if self.choice_bias is not None:
             yield "gate.e_score_correction_bias", self.choice_bias
         width = self.config.intermediate_size
-        has_own = not self._products
+        has_own = not self._products and self._planes is None
         for kind, both in (
             ("weight", self.gate_up if has_own else None),
             ("bias", self.gate_up_bias),
@@ -188,7 +200,7 @@ class MixtureOfExperts:
             self.shared.finish_loading()
         if self.shared_gate is not None:
             self.shared_gate.finish_loading()
-        if not self._products and can_pack(self.gate_up):
+        if not self._products and self._planes is None and can_pack(self.gate_up):
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self._packed = [
                 (reorder(gate_up, None), reorder(down, None))
@@ -201,7 +213,20 @@ class MixtureOfExperts:
         config = self.config
         logits = self.router(x.float() if config.router_in_float32 else x)  # [T, E]
         weights, experts = dispatch.moe_route(logits, self.choice_bias, config.routing)
-        if self._products:
+        if self._planes is not None:
+            y = dispatch.quantised_experts(
+                x,
+                *self._planes,
+                self.gate_up_bias,
+                self.down_bias,
+                weights,
+                experts,
+                activation=config.activation,
+                scales_input=config.scales_input,
+                swiglu_limit=config.swiglu_limit,
+                swiglu_alpha=config.swiglu_alpha,
+            )
+        elif self._products:
             y = self._with_products(x, weights, experts)
         elif self._packed:
             y = sum_of_experts(

@@ -40,6 +40,7 @@ from engine.models.weight_loading import WeightSource, load_weights
 
 if TYPE_CHECKING:
     from engine.kernels.persistent_step import PersistentStep
+    from engine.models.quantiser import Quantiser
 
 
 class DecoderLayer:
@@ -261,13 +262,19 @@ class Decoder:
             yield from weights
 
     @torch.inference_mode()
-    def load(self, checkpoint: WeightSource, factory: QuantisedFactory | None = None) -> None:
+    def load(
+        self,
+        checkpoint: WeightSource,
+        factory: QuantisedFactory | None = None,
+        quantiser: Quantiser | None = None,
+    ) -> None:
         """Fill every weight straight into its final place; call once.
 
         Args:
             checkpoint: Has every weight.
             factory: Makes layers of weights that the checkpoint has in codes, which are expanded
                 without one (see `quantised_loading`).
+            quantiser: Makes codes of the checkpoint's plain weights, for the factory.
 
         Rotary buffers of old checkpoints and an `lm_head.weight` beside tied embeddings are left
         unread. Checkpoints of the bare model, without the `model.` prefix, are accepted.
@@ -275,8 +282,9 @@ class Decoder:
         Raises:
             CheckpointError: Tensors are missing, unknown or of the wrong shape; nothing was read.
             UnsupportedModelError: The family does not take weights in codes.
+            ConfigError: There is a quantiser, and the weights are in codes already.
         """
-        family = load_weights(shapes_of(self.config), checkpoint)
+        family = load_weights(shapes_of(self.config), checkpoint, quantiser)
         loaded: set[str] = set()
         if factory is not None:
             loaded = load_quantised(self, family, factory)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from engine.errors import UnsupportedModelError
 from engine.layers.cpu_quantised import CPUFactory, has_quick_products
+from engine.layers.gpu_quantised import GPUFactory
 from engine.layers.linear import Linear
 from engine.layers.quantised_linear import StepRows
 from engine.models.quantised_plan import QuantisedPlan
@@ -19,12 +21,18 @@ from engine.models.weight_loading import FamilyCheckpoint, WeightSource, load_we
 if TYPE_CHECKING:
     from engine.layers.quantised_factory import QuantisedFactory
     from engine.models.decoder import Decoder
+    from engine.models.quantiser import Quantiser
 
 logger = logging.getLogger(__name__)
 
 
 def make_factory(
-    device: torch.device, dtype: torch.dtype, rows: StepRows, *, saves_memory: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: StepRows,
+    *,
+    saves_memory: bool = False,
+    batch_invariant: bool = False,
 ) -> QuantisedFactory | None:
     """What makes quantised layers for a device; None where all weights are expanded.
 
@@ -32,10 +40,13 @@ def make_factory(
         device: Of the model.
         dtype: Of its activations.
         rows: Where the decoder's forward says which rows decode.
-        saves_memory: Prefer small weights to quick products, where there is a choice.
+        saves_memory: Prefer small weights to quick products, where there is a choice: on a CPU.
+        batch_invariant: As in `Decoder`.
     """
     if device.type == "cpu":
         return CPUFactory(dtype, rows, saves_memory=saves_memory)
+    if device.type == "cuda":
+        return GPUFactory(device, dtype, batch_invariant=batch_invariant)
     return None
 
 
@@ -48,8 +59,8 @@ def runs_in_codes(device: torch.device, dtype: torch.dtype, *, is_needed: bool) 
         is_needed: Whether products that are slower than expanded weights are welcome all the same,
             because the weights may not fit otherwise.
     """
-    if device.type != "cpu":
-        return False
+    if device.type == "cuda":
+        return True
     return is_needed or has_quick_products(dtype)
 
 
@@ -73,6 +84,8 @@ def plan_codes(
     dtype: torch.dtype,
     *,
     saves_memory: bool,
+    batch_invariant: bool = False,
+    quantiser: Quantiser | None = None,
 ) -> CodesPlan:
     """What loading a checkpoint in codes will take; nothing is loaded.
 
@@ -82,15 +95,28 @@ def plan_codes(
         device: That will have them.
         dtype: Of activations, and of weights that are plain numbers.
         saves_memory: As in `make_factory`.
+        batch_invariant: Likewise.
+        quantiser: Makes codes of plain weights.
 
     Raises:
         CheckpointError: Tensors are missing, unknown or of the wrong shape.
         UnsupportedModelError: The family does not take weights in codes.
+        ConfigError: There is a quantiser, and the weights are in codes already.
     """
-    make = partial(make_factory, device, dtype, saves_memory=saves_memory)
+    make = partial(
+        make_factory, device, dtype, saves_memory=saves_memory, batch_invariant=batch_invariant
+    )
     factory = make(StepRows())
     assert factory is not None, "only devices that have one are asked"
-    plan = QuantisedPlan(shapes, load_weights(shapes, checkpoint), factory)
+    plan = QuantisedPlan(shapes, load_weights(shapes, checkpoint, quantiser), factory)
+    if quantiser is not None and plan.expanded:
+        msg = (
+            f"quantization={quantiser.name!r} cannot be done on {device.type} for "
+            f"{next(iter(plan.expanded))!r} and {len(plan.expanded) - 1} other weights of "
+            f"{shapes.config.architecture}: there is no quantised product for them. Leave "
+            "quantization out."
+        )
+        raise UnsupportedModelError(msg)
     return CodesPlan(plan.num_bytes(dtype, device), make)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from engine.errors import CheckpointError, UnsupportedModelError
+from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from engine.layers.quantised_factory import StoredWeight
 from engine.models.description import DecoderConfig
 from engine.models.text_part import TextPart
@@ -15,6 +15,7 @@ from engine.models.weight_names import TAKES, WEIGHT_NAMES, Stored, Take, take_o
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
+    from engine.models.quantiser import Quantiser
 
 
 class WeightSource(Protocol):
@@ -50,13 +51,17 @@ class FamilyCheckpoint:
     Args:
         source: The checkpoint.
         config: The model.
+        quantiser: Makes codes of its plain weights; None leaves them as they are.
     """
 
-    def __init__(self, source: WeightSource, config: DecoderConfig) -> None:
+    def __init__(
+        self, source: WeightSource, config: DecoderConfig, quantiser: Quantiser | None = None
+    ) -> None:
         if config.is_text_part:
             source = TextPart(source)
         self._source = source
         self._config = config
+        self._quantiser = quantiser
         self._names = WEIGHT_NAMES[config.weight_names]
         self._shapes = source.names()
         self.prefix = self._names.prefix
@@ -113,12 +118,17 @@ class FamilyCheckpoint:
             self._last = (stored.name, whole)
         out.copy_(take(self._last[1], self._config, expert))
 
-    def quantised(self, name: str) -> StoredRows | None:
+    def quantised(self, name: str) -> StoredWeight | None:
         """The decoder's matrix `name` as it is stored in codes; None where it is not.
+
+        With a quantiser, as if it were stored so.
 
         Raises:
             UnsupportedModelError: The family stores this weight transposed, its codes do not fit.
+            ConfigError: The weight has codes already, and there is a quantiser.
         """
+        if self._quantiser is not None:
+            return self._rounded(self._quantiser, name)
         source = cast("QuantisedSource", self._source)
         stored, expert = self._place(name)
         weight = source.quantised(stored.name)
@@ -140,6 +150,19 @@ class FamilyCheckpoint:
         if rope_rows is not None:
             chosen = rope_rows(chosen)
         return weight if torch.equal(chosen, rows) else weight.in_order(chosen)
+
+    def _rounded(self, quantiser: Quantiser, name: str) -> StoredWeight | None:
+        source, (stored, _) = cast("QuantisedSource", self._source), self._place(name)
+        if self._shapes is not None and (
+            source.quantised(stored.name) is not None
+            or source.quantised_stack(stored.name) is not None
+        ):
+            msg = (
+                f"quantization={quantiser.name!r} rounds plain weights, and {stored.name!r} of "
+                "this checkpoint is quantised already. Leave quantization out."
+            )
+            raise ConfigError(msg)
+        return quantiser.stored(self, name)
 
     def _place(self, name: str) -> tuple[Stored, int]:
         stored, expert = self._names.stored(name)
@@ -217,17 +240,20 @@ def _rope_rows(name: str, config: DecoderConfig) -> _RopeRows | None:
     return _RopeRows(0, rope_dim, config.head_dim - rope_dim, has_neighbours=True)
 
 
-def load_weights(decoder: Decoder, checkpoint: WeightSource) -> FamilyCheckpoint:
+def load_weights(
+    decoder: Decoder, checkpoint: WeightSource, quantiser: Quantiser | None = None
+) -> FamilyCheckpoint:
     """The checked checkpoint of a decoder; nothing is read yet.
 
     Args:
         decoder: Or one on the "meta" device like it: only shapes are looked at.
         checkpoint: The files.
+        quantiser: Makes codes of plain weights.
 
     Raises:
         CheckpointError: Tensors are missing, unknown or of the wrong shape.
     """
-    family = FamilyCheckpoint(checkpoint, decoder.config)
+    family = FamilyCheckpoint(checkpoint, decoder.config, quantiser)
     family.check(decoder.named_weights())
     return family
 
