@@ -15,7 +15,7 @@ from pathlib import Path
 import engine
 from engine.errors import ConfigError
 
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 16384
 _EXIT_GRACE_S = 5.0
 """From the end of the child's stream to the end of the process; it has nothing to do then."""
 
