@@ -81,14 +81,14 @@ def test_greedy_equals_transformers(
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_schedules_over_eight_bits(tiny_llama: Path, prompts: list[list[int]], name: str) -> None:
-    """Graphs and eager steps read and write the same numbers; nearly all tokens are float32's."""
+    """Graphs and eager steps agree in every token, and with a CPU nearly in all first ones."""
     found = []
-    for options in ({}, {"enforce_eager": True}, {"kv_cache_dtype": "auto"}):
-        options = {"kv_cache_dtype": name, "batch_invariant": True, **options}
+    cuda = {"device": "cuda", "batch_invariant": True}
+    for options in (cuda, {**cuda, "enforce_eager": True}, {"device": "cpu"}):
         with Engine(
             str(tiny_llama),
-            device="cuda",
             dtype="float32",
+            kv_cache_dtype=name,
             max_num_seqs=8,
             kv_cache_memory_bytes=64 << 20,
             **options,
@@ -100,7 +100,7 @@ def test_schedules_over_eight_bits(tiny_llama: Path, prompts: list[list[int]], n
             assert engine.stats().kv_blocks_used == 0
     assert found[0] == found[1]
     firsts = [(one[0], other[0]) for one, other in zip(found[0], found[2], strict=True)]
-    assert sum(one == other for one, other in firsts) >= 0.8 * len(firsts)
+    assert sum(one == other for one, other in firsts) >= len(firsts) - 1
 
 
 def test_sampling_options_in_one_batch(tiny_llama: Path, prompts: list[list[int]]) -> None:

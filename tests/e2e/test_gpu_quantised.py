@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from loader_files import llama_config, random_model
+from tiny_checkpoints import VOCAB_SIZE, write_byte_tokenizer
 
 from engine import Engine, SamplingParams
 from engine.layers.rounding import round_weight
@@ -24,8 +25,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in float32 whose products have several tiles."""
     path = tmp_path_factory.mktemp("llama")
-    changes = {"hidden_size": 256, "intermediate_size": 384, "tie_word_embeddings": False}
-    random_model(llama_config(**changes)).float().save_pretrained(path)
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": VOCAB_SIZE}
+    model = random_model(llama_config(**sizes, tie_word_embeddings=False))
+    model.float().save_pretrained(path)
+    write_byte_tokenizer(path)
     return path
 
 
