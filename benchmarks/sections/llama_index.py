@@ -128,15 +128,17 @@ def _aqueries(rows: RowFile, engine: Engine, count: int, tokens: int) -> None:
     from llama_index.core.embeddings import MockEmbedding
     from llama_index.core.schema import TextNode
 
-    from llm_connectors.llama_index import configure_settings, query_many
+    from llm_connectors.llama_index import LocalLLM, configure_settings, query_many
 
-    llm = ingest.RecordedLLM(engine=engine, max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    llm = LocalLLM(engine=engine, max_tokens=tokens, temperature=0.0, ignore_eos=True)
     configure_settings(llm, MockEmbedding(embed_dim=2))
     text = next(iter(python_documents(1).values()))[:800]
     query_engine = SummaryIndex(nodes=[TextNode(text=text)]).as_query_engine(llm=llm)
     texts = [f"What is module {i}?" for i in range(count)]
+    sent = ingest.keep_prompts(engine)
     query_many(query_engine, texts)
-    prompts = list(ingest.sent)
+    prompts = list(sent)
+    assert prompts, "the query engine has sent nothing"
     peak = engine.stats().peak_running
     engine_s, ours_s = _alternating(
         engine,

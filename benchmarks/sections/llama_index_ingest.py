@@ -34,16 +34,16 @@ def has_peer(plan: Plan) -> bool:
     return plan.device == "cpu" and not plan.is_quick
 
 
-sent: list[list[int]] = []
-"""Prompts that `RecordedLLM`s sent."""
+def keep_prompts(engine: Engine) -> list[list[int]]:
+    """A list that takes the token ids of each prompt handed over to `engine` from now on."""
+    hand_over, sent = engine._hand_over, []
 
+    def noted(requests: list[Any]) -> Any:
+        sent.extend(request.prompt_token_ids for request in requests)
+        return hand_over(requests)
 
-class RecordedLLM(LocalLLM):
-    """Keeps the prompts it sends, so that the bare engine can be given the same."""
-
-    def _submit(self, engine: Engine, prompts: Any, options: Any) -> Any:
-        sent.extend(prompts.prompt_ids)
-        return super()._submit(engine, prompts, options)
+    engine._hand_over = noted  # type: ignore[method-assign]
+    return sent
 
 
 def measure(plan: Plan, rows: RowFile) -> None:
@@ -53,13 +53,14 @@ def measure(plan: Plan, rows: RowFile) -> None:
     peers: list[Taken] = []
     prompts: dict[str, list[list[int]]] = {}
     with _engine(plan) as engine:
-        llm = RecordedLLM(engine=engine, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+        llm = LocalLLM(engine=engine, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
         llm.complete("Hi", max_tokens=2)
+        sent = keep_prompts(engine)
         # In the order of their peaks, and the bare engine last: its peak is the highest ever.
         for place, how in enumerate(WAYS):
             if peer:
                 peers.append(_ingest(_extractors(peer), nodes[place :: len(WAYS)]))
-            prompts[how] = _ours(plan, rows, llm, how, nodes)
+            prompts[how] = _ours(plan, rows, llm, how, nodes, sent)
         for how in ("batched", "group"):
             engine.reset_prefix_cache()
             started_s = time.perf_counter()
@@ -72,9 +73,9 @@ def measure(plan: Plan, rows: RowFile) -> None:
 
 
 def _ours(
-    plan: Plan, rows: RowFile, llm: RecordedLLM, how: str, nodes: list[Any]
+    plan: Plan, rows: RowFile, llm: LocalLLM, how: str, nodes: list[Any], sent: list[list[int]]
 ) -> list[list[int]]:
-    """One way's row; the prompts that it sent."""
+    """One way's row; the prompts that it sent, taken from `sent`."""
     engine = llm.engine
     engine.reset_prefix_cache()
     sent.clear()
@@ -82,6 +83,7 @@ def _ours(
     taken = _ingest(WAYS[how](llm), nodes)
     after = engine.stats()
     prompts = list(sent)
+    assert prompts, "this way has sent nothing"
     if plan.device == "cuda" and how != "stock":  # the first run on a GPU compiles
         engine.reset_prefix_cache()
         taken = min(taken, _ingest(WAYS[how](llm), nodes))
