@@ -375,8 +375,9 @@ def test_no_orphan_when_the_parent_is_killed(tiny_llama: Path, how: str) -> None
 def test_ctrl_c_reaches_the_parent_alone(tiny_llama: Path) -> None:
     """SIGINT to the whole process group, as a terminal sends it."""
     code = """
-    import os, sys
+    import os, signal, sys
     from engine import Engine, SamplingParams
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with Engine(sys.argv[1], device="cpu", num_threads=1, placement="process") as engine:
         assert os.getpgid(engine._host._child.pid) != os.getpgid(0)
         params = SamplingParams(max_tokens=400, ignore_eos=True)
