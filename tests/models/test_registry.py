@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from model_table import DOCUMENT, document
 from model_zoo import FAMILIES, config_dict, described, hf_model
 
 from engine.errors import UnsupportedModelError
-from engine.models.layer_parts import PartOptions, make_attention
 from engine.models.registry import decoder_config, supported_architectures
 
 LLAMA = {
@@ -204,13 +202,3 @@ def test_describing_leaves_the_config_alone() -> None:
     before = repr(config)
     decoder_config(config)
     assert repr(config) == before
-
-
-@pytest.mark.parametrize(
-    ("family", "what"), [("gpt-oss", "attention sinks"), ("llama4", "chunks of 64 tokens")]
-)
-def test_what_has_no_gpu_kernel_is_refused_there(family: str, what: str) -> None:
-    """Before anything is allocated, so a machine without a GPU can tell."""
-    options = PartOptions(torch.device("cuda"), torch.bfloat16, False, 256)
-    with pytest.raises(UnsupportedModelError, match=f"{what}.*device='cpu'"):
-        make_attention(described(family), 0, options)
