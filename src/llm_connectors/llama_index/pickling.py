@@ -10,6 +10,7 @@ becomes an object that says on first use what is wrong. It does not refuse to be
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import threading
 import weakref
@@ -52,19 +53,21 @@ class ForeignLease(EngineLease):
 
 
 _lock = threading.Lock()
-_caller_leases: weakref.WeakSet[EngineLease] = weakref.WeakSet()
+_numbers = itertools.count()
+_caller_leases: weakref.WeakValueDictionary[int, EngineLease] = weakref.WeakValueDictionary()
+"""By their order; the last one is the newest."""
 
 
 def remember(lease: EngineLease) -> None:
     """Make an engine that its caller made findable; `Engine.shared` does not know it."""
     with _lock:
-        _caller_leases.add(lease)
+        _caller_leases[next(_numbers)] = lease
 
 
 def remembered(config: EngineConfig) -> EngineLease | None:
-    """A lease on a running engine with this config that some caller made, or None."""
+    """A lease on the newest running engine with this config that some caller made, or None."""
     with _lock:
-        for lease in _caller_leases:
+        for _, lease in sorted(_caller_leases.items(), reverse=True):
             engine = lease.peek()
             if lease.config == config and engine is not None and not engine.is_closed:
                 return copy.copy(lease)

@@ -256,3 +256,10 @@ def test_late_config_errors_are_not_value_errors(
         with pytest.raises(ConfigError, match="max_num_seqs") as caught:
             call()
         assert not isinstance(caught.value, ValueError)
+
+
+def test_of_two_equal_engines_a_dictionary_finds_the_newer() -> None:
+    made = [FakeEngine() for _ in range(8)]
+    models = [LocalLLM(engine=engine) for engine in made]
+    assert LocalLLM.from_dict(models[0].to_dict()).engine is made[-1]
+    assert pickle.loads(pickle.dumps(models[-1])).engine is made[-1]
