@@ -178,6 +178,27 @@ def test_layers_in_one_launch(
         assert torch.equal(case.run(), got)
 
 
+@pytest.mark.parametrize(
+    ("tile_values", "pairs", "splits"), [(4096, 1, 4), (16384, 4, 2), (65536, 16, 1)]
+)
+def test_warps_along_a_row_and_along_the_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    tile_values: int,
+    pairs: int,
+    splits: int,
+) -> None:
+    monkeypatch.setitem(TILES, "tile_values", tile_values)
+    monkeypatch.setattr(kernels("persistent_step"), "num_multiprocessors", lambda _: 2)
+    case = Case("llama", 20, torch.float16, device, intermediate_size=1208)
+    constants = case.step.constants(has_threads=not IS_INTERPRETED)
+    assert (constants["DOWN_PAIRS"], constants["DOWN_SPLITS"]) == (pairs, splits)
+    assert error(case.run(), case.want()) < TOLERANCE[torch.float16]
+    monkeypatch.setattr(kernels("persistent_step"), "_MAX_HIDDEN_OF_A_WARP", 0)
+    assert case.step.constants(has_threads=not IS_INTERPRETED)["DOWN_SPLITS"] == 4
+    assert error(case.run(), case.want()) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_waited_for_must_be_of_this_layer(device: torch.device) -> None:
     # Were a phase forgotten, its words would be those of the layer before.

@@ -23,9 +23,9 @@ for.
 |                    |                                | or 0 in a layer without positions          |
 | k/v_cache_ptr      | [N, block_size, Hkv, D]        | equal strides, 1 along D; the new token is |
 |                    |                                | stored                                     |
-| seq_lens_ptr       | [1] int32                      | 0: padding                                 |
-| positions_ptr      | [1] int64                      | < P                                        |
-| slots_ptr          | [1] int64                      | -1: nothing is stored                      |
+| seq_len            | int32                          | 0: padding                                 |
+| position           | int64                          | < P                                        |
+| slot               | int64                          | -1: nothing is stored                      |
 | table_ptr          | [blocks] int32                 | block ids of the sequence                  |
 | window             | int32                          | keys the layer sees; 0: all                |
 
@@ -79,9 +79,9 @@ def attend_phase(
     cos_sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    seq_lens_ptr,
-    positions_ptr,
-    slots_ptr,
+    seq_len,
+    position,
+    slot,
     table_ptr,
     window,
     num_angles,
@@ -110,14 +110,12 @@ def attend_phase(
 ):
     """The items of this program."""
     halves = tl.arange(0, HEAD_DIM // 2)
-    seq_len = tl.load(seq_lens_ptr)
     is_short, first, num_tiles, num_splits = split_layout(
         seq_len, window, SHORT_KEYS, SHORT_BLOCK, LONG_BLOCK, LONG_SPLIT, MAX_SPLITS
     )
     low_key = tl.where(window > 0, seq_len - window, 0)
-    slot = tl.load(slots_ptr)
     new_place = slot // BLOCK_SIZE * stride_cache_block + slot % BLOCK_SIZE * stride_cache_token
-    angles_ptr = cos_sin_ptr + tl.load(positions_ptr) * HEAD_DIM + halves
+    angles_ptr = cos_sin_ptr + position * HEAD_DIM + halves
     if is_short:
         attend_short(
             qkv_words_ptr,
@@ -205,7 +203,7 @@ def merge_phase(
     partial_words_ptr,
     stats_words_ptr,
     epoch,
-    seq_lens_ptr,
+    seq_len,
     window,
     NUM_Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -223,7 +221,6 @@ def merge_phase(
     Heads start at the last program, since the first ones have the items.
     """
     columns = tl.arange(0, HEAD_DIM)
-    seq_len = tl.load(seq_lens_ptr)
     _, _, _, num_splits = split_layout(
         seq_len, window, SHORT_KEYS, SHORT_BLOCK, LONG_BLOCK, LONG_SPLIT, MAX_SPLITS
     )

@@ -111,15 +111,15 @@ def _embed_phase(
     for tile in range(first, end, BLOCK_P):
         pairs = tile + tl.arange(0, BLOCK_P)
         is_pair = pairs < end
-        even = tl.load(row_ptr + 2 * pairs, mask=is_pair, other=0.0)
-        odd = tl.load(row_ptr + 2 * pairs + 1, mask=is_pair, other=0.0)
+        even = tl.load(row_ptr + pairs, mask=is_pair, other=0.0)
+        odd = tl.load(row_ptr + HIDDEN // 2 + pairs, mask=is_pair, other=0.0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr).to(tl.float32)
             even = (even.to(tl.float32) * scale).to(even.dtype)
             odd = (odd.to(tl.float32) * scale).to(odd.dtype)
-        data = pair(even, odd)
-        tl.store(hidden_ptr.to(tl.pointer_type(tl.int32)) + pairs, data, mask=is_pair)
-        publish(words_ptr, pairs, data, epoch, is_pair)
+        publish(words_ptr, pairs, pair(even, odd), epoch, is_pair)
+        tl.store(hidden_ptr + pairs, even, mask=is_pair)
+        tl.store(hidden_ptr + HIDDEN // 2 + pairs, odd, mask=is_pair)
 
 
 @triton.jit
@@ -188,11 +188,20 @@ def persistent_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     QKV_PAIRS: tl.constexpr,
+    QKV_SPLITS: tl.constexpr,
+    QKV_TILES: tl.constexpr,
     OUTPUT_PAIRS: tl.constexpr,
+    OUTPUT_SPLITS: tl.constexpr,
+    OUTPUT_TILES: tl.constexpr,
     GATE_UP_PAIRS: tl.constexpr,
+    GATE_UP_SPLITS: tl.constexpr,
+    GATE_UP_TILES: tl.constexpr,
     DOWN_PAIRS: tl.constexpr,
+    DOWN_SPLITS: tl.constexpr,
+    DOWN_TILES: tl.constexpr,
     THREADS: tl.constexpr,
     PHASES: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     """The phases of PHASES, of the layers [first_layer, end_layer)."""
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
@@ -204,6 +213,7 @@ def persistent_kernel(
     sequence = 0
     if block_rows_ptr is not None:
         sequence = tl.load(block_rows_ptr)
+    seq_len, position, slot = tl.load(seq_lens_ptr), tl.load(positions_ptr), tl.load(slots_ptr)
     table_ptr = block_table_ptr + sequence * stride_table
 
     if EMBED & PHASES:
@@ -226,6 +236,9 @@ def persistent_kernel(
         output_weight_ptr = _address(layer_ptr, OUTPUT_WEIGHT, dtype)
         gate_up_weight_ptr = _address(layer_ptr, GATE_UP_WEIGHT, dtype)
         down_weight_ptr = _address(layer_ptr, DOWN_WEIGHT, dtype)
+        next_qkv_ptr = _address(
+            layers_ptr + tl.minimum(layer + 1, NUM_LAYERS - 1) * NUM_FIELDS, QKV_WEIGHT, dtype
+        )
         if QKV & PHASES:
             product_phase(
                 _address(layer_ptr, QKV_WEIGHT, dtype),
@@ -241,16 +254,22 @@ def persistent_kernel(
                 NUM_INNER=HIDDEN,
                 NUM_ROWS=qkv_size,
                 APART=half,
-                IN_APART=1,
+                IN_APART=HIDDEN // 2,
                 HAS_BIAS=HAS_QKV_BIAS,
                 HAS_NORM=True,
                 HAS_OFFSET=HAS_OFFSET,
                 ACTIVATION="",
                 ADDS=False,
                 BLOCK_P=QKV_PAIRS,
-                BLOCK_K=BLOCK_HIDDEN,
+                BLOCK_W=BLOCK_HIDDEN,
+                SPLITS=QKV_SPLITS,
+                NUM_TILES=QKV_TILES,
                 DTYPE=dtype,
                 THREADS=THREADS,
+                soon_ptr=output_weight_ptr,
+                later_ptr=gate_up_weight_ptr,
+                SOON=(heads_size, HIDDEN, HIDDEN // 2, False) if PREFETCHES else None,
+                LATER=(HIDDEN, INNER, INNER // 2, True) if PREFETCHES else None,
             )
         if ATTEND & PHASES:
             attend_phase(
@@ -264,9 +283,9 @@ def persistent_kernel(
                 _address(layer_ptr, COS_SIN, tl.float32),
                 _address(layer_ptr, K_CACHE, dtype),
                 _address(layer_ptr, V_CACHE, dtype),
-                seq_lens_ptr,
-                positions_ptr,
-                slots_ptr,
+                seq_len,
+                position,
+                slot,
                 table_ptr,
                 window,
                 tl.where(tl.load(layer_ptr + COS_SIN) != 0, half, 0),
@@ -299,7 +318,7 @@ def persistent_kernel(
                 partial_words_ptr,
                 stats_words_ptr,
                 epoch,
-                seq_lens_ptr,
+                seq_len,
                 window,
                 NUM_Q_HEADS=num_q_heads,
                 HEAD_DIM=HEAD_DIM,
@@ -326,7 +345,7 @@ def persistent_kernel(
                 weight_offset,
                 NUM_INNER=heads_size,
                 NUM_ROWS=HIDDEN,
-                APART=1,
+                APART=HIDDEN // 2,
                 IN_APART=half,
                 HAS_BIAS=HAS_OUTPUT_BIAS,
                 HAS_NORM=False,
@@ -334,9 +353,15 @@ def persistent_kernel(
                 ACTIVATION="",
                 ADDS=True,
                 BLOCK_P=OUTPUT_PAIRS,
-                BLOCK_K=BLOCK_HEADS,
+                BLOCK_W=BLOCK_HEADS,
+                SPLITS=OUTPUT_SPLITS,
+                NUM_TILES=OUTPUT_TILES,
                 DTYPE=dtype,
                 THREADS=THREADS,
+                soon_ptr=down_weight_ptr,
+                later_ptr=down_weight_ptr,
+                SOON=(INNER, HIDDEN, HIDDEN // 2, False) if PREFETCHES else None,
+                LATER=None,
             )
         if GATE_UP & PHASES:
             product_phase(
@@ -352,17 +377,23 @@ def persistent_kernel(
                 weight_offset,
                 NUM_INNER=HIDDEN,
                 NUM_ROWS=INNER,
-                APART=1,
-                IN_APART=1,
+                APART=INNER // 2,
+                IN_APART=HIDDEN // 2,
                 HAS_BIAS=HAS_MLP_BIAS,
                 HAS_NORM=True,
                 HAS_OFFSET=HAS_OFFSET,
                 ACTIVATION=ACTIVATION,
                 ADDS=False,
                 BLOCK_P=GATE_UP_PAIRS,
-                BLOCK_K=BLOCK_HIDDEN,
+                BLOCK_W=BLOCK_HIDDEN,
+                SPLITS=GATE_UP_SPLITS,
+                NUM_TILES=GATE_UP_TILES,
                 DTYPE=dtype,
                 THREADS=THREADS,
+                soon_ptr=next_qkv_ptr,
+                later_ptr=next_qkv_ptr,
+                SOON=(HIDDEN, qkv_size, half, False) if PREFETCHES else None,
+                LATER=None,
             )
         if DOWN & PHASES:
             product_phase(
@@ -378,17 +409,23 @@ def persistent_kernel(
                 weight_offset,
                 NUM_INNER=INNER,
                 NUM_ROWS=HIDDEN,
-                APART=1,
-                IN_APART=1,
+                APART=HIDDEN // 2,
+                IN_APART=INNER // 2,
                 HAS_BIAS=HAS_MLP_BIAS,
                 HAS_NORM=False,
                 HAS_OFFSET=False,
                 ACTIVATION="",
                 ADDS=True,
                 BLOCK_P=DOWN_PAIRS,
-                BLOCK_K=BLOCK_INNER,
+                BLOCK_W=BLOCK_INNER,
+                SPLITS=DOWN_SPLITS,
+                NUM_TILES=DOWN_TILES,
                 DTYPE=dtype,
                 THREADS=THREADS,
+                soon_ptr=down_weight_ptr,
+                later_ptr=down_weight_ptr,
+                SOON=None,
+                LATER=None,
             )
 
     if FINISH & PHASES:

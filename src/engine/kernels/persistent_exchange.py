@@ -8,8 +8,8 @@ bytes; whoever needs it reads the word until the epoch is the one it waits for. 
 one GPU). A barrier over the whole grid would cost the latency of a fence, an atomic and a poll
 before the load of the data even starts.
 
-Two values of 16 bits share the data of a word, neighbours in the vector. All programs run at the
-same time (a cooperative launch), so that waiting ends.
+Two values of 16 bits share the data of a word, half a vector apart in it, or half a head in qkv and
+attention. All programs run at the same time (a cooperative launch), so that waiting ends.
 
 Numerics: values move as they are. Loads are relaxed at the scope of the GPU and go past the
 first-level cache. In Triton's interpreter, where programs run one after another, nobody can wait:
@@ -124,24 +124,13 @@ def await_three(first_ptrs, second_ptrs, third_ptrs, epoch, THREADS: tl.constexp
 
 @triton.jit
 def await_vector(
-    words_ptr,
-    epoch,
-    NUM_VALUES: tl.constexpr,
-    APART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    THREADS: tl.constexpr,
+    words_ptr, epoch, NUM_WORDS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr
 ):
-    """[BLOCK] DTYPE of 16 bits: the NUM_VALUES values of a vector, then zeros.
-
-    A word has two values that are APART entries apart in the vector.
-    """
-    index = tl.arange(0, BLOCK // 2)
-    is_word = index < NUM_VALUES // 2
+    """[BLOCK] int32: the data of NUM_WORDS words of a vector, then zeros."""
+    index = tl.arange(0, BLOCK)
+    is_word = index < NUM_WORDS
     data = await_words(words_ptr + tl.where(is_word, index, 0), epoch, THREADS)
-    low, high = unpair(tl.where(is_word, data, 0), DTYPE)
-    both = tl.reshape(tl.join(low, high), [BLOCK // 2 // APART, APART, 2])
-    return tl.reshape(tl.permute(both, (0, 2, 1)), [BLOCK])
+    return tl.where(is_word, data, 0)
 
 
 @triton.jit

@@ -90,6 +90,9 @@ def attend_long(
         block_ids = load_block_ids(table_ptr, start + LONG_BLOCK, end, LONG_BLOCK, BLOCK_SIZE)
         cos = tl.load(angles_ptr, mask=halves < num_angles, other=1.0)[None, :]
         sin = tl.load(angles_ptr + half, mask=halves < num_angles, other=0.0)[None, :]
+        if HAS_HEAD_NORMS:
+            norm_ptrs = tl.where(is_q, q_norm_ptr, k_norm_ptr)[:, None] + halves[None, :]
+            norm_low, norm_high = tl.load(norm_ptrs), tl.load(norm_ptrs + half)
 
         # Rows: the query heads, the new key and the new value.
         heads = tl.where(is_q, kv_head * GROUP + rows, num_q_heads + kv_head)
@@ -102,13 +105,12 @@ def attend_long(
         low, high = raw_low, raw_high
         if HAS_HEAD_NORMS:
             scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / HEAD_DIM + eps)
-            norm_ptrs = tl.where(is_q, q_norm_ptr, k_norm_ptr)[:, None] + halves[None, :]
             low, high = normed_halves(
                 low,
                 high,
                 scale[:, None],
-                tl.load(norm_ptrs),
-                tl.load(norm_ptrs + half),
+                norm_low,
+                norm_high,
                 weight_offset,
                 HAS_OFFSET,
                 DTYPE,

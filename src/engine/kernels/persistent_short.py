@@ -87,6 +87,15 @@ def attend_short(
         v_low, v_high = load_halves(v_cache_ptr, places, visible[:, None])
         cos = tl.load(angles_ptr, mask=halves < num_angles, other=1.0)
         sin = tl.load(angles_ptr + half, mask=halves < num_angles, other=0.0)
+        if HAS_HEAD_NORMS:
+            q_norm_low, q_norm_high = (
+                tl.load(q_norm_ptr + halves),
+                tl.load(q_norm_ptr + half + halves),
+            )
+            k_norm_low, k_norm_high = (
+                tl.load(k_norm_ptr + halves),
+                tl.load(k_norm_ptr + half + halves),
+            )
 
         q_ptrs = qkv_words_ptr + head * half + halves
         new_ptrs = qkv_words_ptr + (num_q_heads + kv_head) * half + halves
@@ -109,8 +118,8 @@ def attend_short(
                 q_low,
                 q_high,
                 tl.rsqrt(q_square / HEAD_DIM + eps),
-                tl.load(q_norm_ptr + halves),
-                tl.load(q_norm_ptr + half + halves),
+                q_norm_low,
+                q_norm_high,
                 weight_offset,
                 HAS_OFFSET,
                 DTYPE,
@@ -119,8 +128,8 @@ def attend_short(
                 new_k_low,
                 new_k_high,
                 tl.rsqrt(k_square / HEAD_DIM + eps),
-                tl.load(k_norm_ptr + halves),
-                tl.load(k_norm_ptr + half + halves),
+                k_norm_low,
+                k_norm_high,
                 weight_offset,
                 HAS_OFFSET,
                 DTYPE,

@@ -14,8 +14,11 @@ from engine.kernels.attention_tiles import num_multiprocessors, score_factors
 from engine.kernels.metadata import AttentionMetadata
 
 _LAST_EPOCH = 2**30
-_TILES_OF_HIDDEN = ((768, 8192), (1024, 16384))
-"""Hidden size up to which programs load so many weights at once; 32768 beyond."""
+_TILE_VALUES = 32768
+_MAX_PREFETCHED_HIDDEN = 768
+"""Largest hidden size at which asking L2 for weights ahead pays: 135M, whose layers are 7 MB."""
+_MAX_HIDDEN_OF_A_WARP = 2048
+"""Largest hidden size at which warps have rows of their own; beyond, all of them share each row."""
 _MAX_BLOCK = 16384
 """Entries of the longest row of x that a program has registers for."""
 
@@ -70,8 +73,7 @@ class PersistentTiles:
     Attributes:
         num_warps: Warps per program.
         programs_per_processor: Programs that share a multiprocessor.
-        tile_values: Weights that a program loads at once. None: as `_TILES_OF_HIDDEN` says, fewer
-            where a layer takes as long for its code as for its bytes.
+        tile_values: Weights that a program loads at once.
         short_values: Entries of keys of a split of a short sequence, read by each query head.
         short_keys: Keys up to which a sequence is short: from long_split on, and at most
             max_splits tiles.
@@ -83,7 +85,7 @@ class PersistentTiles:
 
     num_warps: int = 8
     programs_per_processor: int = 1
-    tile_values: int | None = None
+    tile_values: int = _TILE_VALUES
     short_values: int = 16384
     short_keys: int = 1024
     long_block: int = 128
@@ -153,6 +155,9 @@ class PersistentStep:
         assert k_cache is not None, "every layer has a cache"
         self._block_size = k_cache.shape[1]
         self._cache_strides = k_cache.stride()[:3]
+        self._prefetches = shape.hidden_size <= _MAX_PREFETCHED_HIDDEN and _has_bulk_prefetch(
+            embedding.device
+        )
         self.last_epoch = _LAST_EPOCH
 
     def __call__(
@@ -228,26 +233,30 @@ class PersistentStep:
         """The kernel's compile-time arguments but PHASES."""
         shape, tiles = self._shape, self.tiles
         group = shape.num_q_heads // shape.num_kv_heads
-        blocks = {
-            name: triton.next_power_of_2(size)
+        words = {
+            name: triton.next_power_of_2(size // 2)
             for name, size in (
                 ("hidden", shape.hidden_size),
                 ("heads", shape.heads_size),
                 ("inner", shape.intermediate_size),
             )
         }
-        by_size = (values for most, values in _TILES_OF_HIDDEN if shape.hidden_size <= most)
-        tile_values = tiles.tile_values or next(by_size, 32768)
-        pairs = {}
+        is_row_shared = shape.hidden_size > _MAX_HIDDEN_OF_A_WARP
+        products = {}
         for name, num_rows, block, num_weights in (
-            ("QKV", shape.qkv_size, blocks["hidden"], 1),
-            ("OUTPUT", shape.hidden_size, blocks["heads"], 1),
-            ("GATE_UP", shape.intermediate_size, blocks["hidden"], 2),
-            ("DOWN", shape.hidden_size, blocks["inner"], 1),
+            ("QKV", shape.qkv_size, words["hidden"], 1),
+            ("OUTPUT", shape.hidden_size, words["heads"], 1),
+            ("GATE_UP", shape.intermediate_size, words["hidden"], 2),
+            ("DOWN", shape.hidden_size, words["inner"], 1),
         ):
             share = -(-(num_rows // 2) // self.num_programs)
-            most = max(1, tile_values // (2 * block * num_weights))
-            pairs[name] = min(triton.next_power_of_2(share), most)
+            most = max(1, tiles.tile_values // (4 * block * num_weights))
+            pairs = min(triton.next_power_of_2(share), most)
+            chunks = max(1, block // 256)
+            products[f"{name}_PAIRS"] = pairs
+            splits = tiles.num_warps if is_row_shared else max(1, tiles.num_warps // pairs)
+            products[f"{name}_SPLITS"] = min(splits, chunks)
+            products[f"{name}_TILES"] = -(-share // pairs)
         return {
             "NUM_LAYERS": shape.num_layers,
             "HIDDEN": shape.hidden_size,
@@ -268,11 +277,17 @@ class PersistentStep:
             "LONG_BLOCK": tiles.long_block,
             "LONG_SPLIT": tiles.long_split,
             "MAX_SPLITS": tiles.max_splits,
+            "PREFETCHES": self._prefetches,
             "BLOCK_M": max(16, triton.next_power_of_2(group + 2)),
             "BLOCK_S": tiles.merge_splits,
-            "BLOCK_HIDDEN": blocks["hidden"],
-            "BLOCK_HEADS": blocks["heads"],
-            "BLOCK_INNER": blocks["inner"],
-            **{f"{name}_PAIRS": count for name, count in pairs.items()},
+            "BLOCK_HIDDEN": words["hidden"],
+            "BLOCK_HEADS": words["heads"],
+            "BLOCK_INNER": words["inner"],
+            **products,
             "THREADS": 32 * tiles.num_warps if has_threads else 0,
         }
+
+
+def _has_bulk_prefetch(device: torch.device) -> bool:
+    """Whether one instruction asks L2 for many rows. In Triton's interpreter nothing is asked."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
