@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
@@ -145,6 +146,7 @@ class FakeDevice:
                 self._history[row] = list(ids)
             assert self._owner[row] is seq, "a row changed hands without being new"
             history = self._history[row]
+            self.note_inputs(row, ids)
             for position, token_id in enumerate(ids):
                 if position == len(history):
                     history.append(token_id)
@@ -164,9 +166,16 @@ class FakeDevice:
             if batch.is_sampling[index]:
                 history = self._history[row]
                 assert len(history) == end, "sampled before all known tokens were computed"
-                token_ids[index] = next_token(self._owner[row], history)
+                token_ids[index] = self.next_token(batch, row, history)
                 history.append(int(token_ids[index]))
         return batch, token_ids
+
+    def next_token(self, batch: ScheduledBatch, row: int, history: list[int]) -> int:
+        """What the model says."""
+        return next_token(self._owner[row], history)
+
+    def note_inputs(self, row: int, ids: list[int]) -> None:
+        """A step is about to run with these inputs of `row`, from its first token on."""
 
     def drop_oldest(self) -> None:
         """The oldest launched step fails: it writes nothing."""
@@ -224,8 +233,14 @@ class Harness:
         self.completed: list[CompletedStep] = []
         self.num_drains = 0
 
-    def submit(self, prompt: list[int], **options: object) -> Request:
+    def submit(
+        self,
+        prompt: list[int],
+        prepare: Callable[[Request], None] = lambda request: None,
+        **options: object,
+    ) -> Request:
         request = make_request(self.scheduler, prompt, **options)
+        prepare(request)
         for seq in request.sequences:
             self.scheduler.add(seq)
             self.submitted.append(seq)

@@ -105,6 +105,7 @@ class CompiledConstraint:
             num_left=max_tokens,
             bars_early_end=params.ignore_eos,
             may_jump=_may_jump(params),
+            may_guess=_may_guess(params),
         )
 
 
@@ -175,6 +176,12 @@ def _may_jump(params: SamplingParams) -> bool:
         or params.stop_token_ids
         or params.logprobs is not None
     )
+
+
+def _may_guess(params: SamplingParams) -> bool:
+    """Whether an allowed token is the same with and without the mask: nothing is cut off first."""
+    is_whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0
+    return (is_whole or params.temperature == 0) and _may_jump(params)
 
 
 def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatcher:

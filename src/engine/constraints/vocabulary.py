@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _LONGEST_PIECE = 32
 _KEPT_TEXTS = 4096
 _LONGEST_KEPT_BYTES = 256
+_PROBES = (re.compile(rb"[a-z]{1,6}"), re.compile(rb" [a-z]{0,5}"))
 
 
 class GrammarVocabulary:
@@ -35,6 +37,9 @@ class GrammarVocabulary:
         num_mask_words: int32 words of one packed mask, V / 32 rounded up.
         eos_token_ids: Sorted; not empty.
         pieces: Bytes of each id; empty where the tokenizer has none.
+        text_probes: Lists of one id each, words of up to 6 letters, one behind a space. Where both
+            may come next an answer is in free text, with room for most tokens. Shorter words cost
+            more tokens that are taken back at the end of bounded strings, longer ones more masks.
 
     Raises:
         ConstraintError: Tokens of this tokenizer do not stand for fixed bytes, or nothing ends an
@@ -69,6 +74,11 @@ class GrammarVocabulary:
             eos_token=known_eos,
         )
         self.pieces = pieces
+        found = [
+            max(filter(None, map(pattern.fullmatch, pieces)), key=lambda m: len(m[0]), default=None)
+            for pattern in _PROBES
+        ]
+        self.text_probes = [[pieces.index(match[0])] for match in found if match]
 
     def allowed_ids(self, mask: np.ndarray) -> np.ndarray:
         """Ids whose bit is set in a packed mask [num_mask_words] int32, rising."""

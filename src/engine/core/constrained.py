@@ -14,10 +14,10 @@ from engine.core.state import BoolArray, IndexArray, SequenceTable
 def accept_tokens(
     table: SequenceTable, rows: IndexArray, token_ids: npt.NDArray[np.int64], samples: BoolArray
 ) -> BoolArray:
-    """Show each constraint its sequence's new token; those that leave no room are taken back.
+    """Show each constraint its sequence's new token; those that it refuses are taken back.
 
     A sequence whose token was taken back is as it was before the step: the next one computes its
-    last token again and samples another.
+    last token again and samples another. What later steps have sampled for it is dropped.
 
     Args:
         table: Changed in place for tokens taken back.
@@ -42,14 +42,17 @@ def accept_tokens(
         if token_id < 0 or constraint.accept(token_id, left):
             continue
         kept[index] = False
-        for counts in (table.num_tokens, table.num_in_flight, table.num_computed_tokens):
-            counts[row] -= 1
-        table.note_tokens_changed(row)
+        table.guesses[row] = False
+        num_known = int(table.num_tokens[row] - table.num_in_flight[row])
+        table.drop_in_flight(row, num_known - 1)
     return kept
 
 
 def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedStep) -> None:
     """Append what must follow the new tokens, and end those whose constraint is complete.
+
+    Where tokens are forced, what later steps have sampled in their place is dropped. Where none are
+    and the next token needs a mask again, that which is sampled without one may do all the same.
 
     Args:
         table: Gets the forced tokens, as if they had been sampled.
@@ -69,9 +72,13 @@ def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedS
             done.failed.append(seq)
             continue
         if not sampled.is_finished[index]:
-            start, limit = int(table.num_tokens[row]), int(table.max_total_tokens[row])
+            limit = int(table.max_total_tokens[row])
+            start = int(table.num_tokens[row] - table.num_in_flight[row])
             forced = constraint.take_forced(limit - start)
+            table.guesses[row] = constraint.guesses
             if forced:
+                if table.num_in_flight[row]:
+                    table.drop_in_flight(row, start)
                 end = start + len(forced)
                 table.token_ids[row, start:end] = forced
                 table.num_tokens[row] = end

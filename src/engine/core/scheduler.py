@@ -77,6 +77,9 @@ class Scheduler:
             filled together; 0 fills every row at once. For devices where a step with a prompt in
             it costs much more than a pure decode, as on a GPU with captured decode steps.
         finds_prefix_groups: Tell the runner which decoding sequences share their leading blocks.
+        guesses_in_text: Let constrained sequences sample without a mask, and ahead of their own
+            output, where nearly every token is allowed. For devices that draw as
+            `SequenceConstraint` asks, and to which a step more of one sequence costs little.
         allocate: Makes the arrays of the sequence table, for instance in pinned memory.
     """
 
@@ -91,6 +94,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         coalesced_rows: int = 0,
         finds_prefix_groups: bool = False,
+        guesses_in_text: bool = False,
         allocate: Allocate = np.zeros,
     ) -> None:
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, allocate)
@@ -102,6 +106,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._headroom_blocks = self._pool.num_usable_blocks // _HEADROOM_SHARE
         self._coalesced_rows = coalesced_rows
+        self._guesses_in_text = guesses_in_text
         self._prefix_groups = PrefixGroups(self.table, block_size) if finds_prefix_groups else None
         self._last_admission_step = 0
         self._waiting = WaitingQueue()
@@ -187,6 +192,8 @@ class Scheduler:
         self._next_arrival_index += 1
         if request.params.stop is not None or request.params.logprobs is not None:
             seq.wants_tokens = True
+        if seq.constraint is not None and not self._guesses_in_text:
+            seq.constraint.may_guess = False
         self._waiting.add(seq)
 
     def finish(
