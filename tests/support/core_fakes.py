@@ -231,7 +231,9 @@ class Harness:
         self.aborted: set[Sequence] = set()
         self.first_scheduled: list[Sequence] = []
         self.completed: list[CompletedStep] = []
-        self.num_drains = 0
+        self.num_drains = self.num_settled = 0
+        # Otherwise `complete` does it.
+        self.settles_early = True
 
     def submit(
         self,
@@ -258,6 +260,8 @@ class Harness:
     def launch(self) -> ScheduledBatch | None:
         """One `schedule`, launched."""
         batch = self.scheduler.schedule()
+        if batch is None and self.settle():
+            batch = self.scheduler.schedule()
         if batch is None:
             assert self.num_in_flight or not self.scheduler.has_unfinished, "nobody can ever run"
             if self.scheduler.must_drain:
@@ -275,12 +279,24 @@ class Harness:
     def collect(self) -> CompletedStep:
         """Run the oldest launched step and complete it."""
         batch, token_ids = self.device.run_oldest()
+        has_others = self.scheduler.num_postponed > 0
         done = self.scheduler.complete(batch, token_ids)
         self.num_in_flight -= 1
-        for seq, row in done.finished:
+        assert has_others or {row for _, row in done.finished} <= set(batch.rows.tolist())
+        return self._took_in(done)
+
+    def settle(self) -> int:
+        """Look at what `complete` has left; the number of tokens."""
+        count = self.scheduler.num_postponed
+        if count:
+            self._took_in(self.scheduler.settle())
+        self.num_settled += count
+        return count
+
+    def _took_in(self, done: CompletedStep) -> CompletedStep:
+        for seq, _row in done.finished:
             assert seq.status is SequenceStatus.FINISHED
             assert seq.row == -1
-            assert row in batch.rows
             self.ended.append(seq)
         self.completed.append(done)
         self.check_blocks()
@@ -291,6 +307,8 @@ class Harness:
         while self.num_in_flight < self.steps_in_flight:
             if self.launch() is None:
                 break
+        if self.settles_early:
+            self.settle()
         if self.num_in_flight:
             self.collect()
 

@@ -47,6 +47,8 @@ class SequenceConstraint:
             (`ignore_eos`).
         may_jump: Forced tokens may be appended without running the model for each.
         may_guess: The tokens are drawn in one of those two ways, and nothing else watches them.
+        lexer: Number of the lexer that `matcher` shares with others; masks of one are made one
+            after the other.
 
     Attributes:
         is_complete: Satisfied, and nothing more can follow.
@@ -68,6 +70,7 @@ class SequenceConstraint:
         "error",
         "guesses",
         "is_complete",
+        "lexer",
         "matcher",
         "may_guess",
         "may_jump",
@@ -84,10 +87,12 @@ class SequenceConstraint:
         bars_early_end: bool,
         may_jump: bool,
         may_guess: bool = False,
+        lexer: int = 0,
     ) -> None:
         self.matcher = matcher
         self.bars_early_end = bars_early_end
         self.may_jump = may_jump
+        self.lexer = lexer
         self.may_guess = may_guess and len(vocabulary.text_probes) > 1
         self.is_complete = self.guesses = False
         self.error = ""
@@ -105,6 +110,11 @@ class SequenceConstraint:
     def has_own_mask(self) -> bool:
         """The mask is not the matcher's: the next token on the way to the end is allowed alone."""
         return self._follows_way
+
+    @property
+    def is_plain(self) -> npt.NDArray[np.bool_]:
+        """[V] bool, see `GrammarVocabulary`."""
+        return self._vocabulary.is_plain
 
     def accept(self, token_id: int, num_left: int) -> bool:
         """Take in a sampled token.

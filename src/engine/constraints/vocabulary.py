@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _LONGEST_PIECE = 32
 _KEPT_TEXTS = 4096
 _LONGEST_KEPT_BYTES = 256
+_PLAIN_BYTES = bytes(
+    byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte) in " .,'-"
+)
 _PROBES = (re.compile(rb"[a-z]{1,6}"), re.compile(rb" [a-z]{0,5}"))
 
 
@@ -40,6 +43,7 @@ class GrammarVocabulary:
         text_probes: Lists of one id each, words of up to 6 letters, one behind a space. Where both
             may come next an answer is in free text, with room for most tokens. Shorter words cost
             more tokens that are taken back at the end of bounded strings, longer ones more masks.
+        is_plain: [V] bool, tokens behind which free text very likely goes on.
 
     Raises:
         ConstraintError: Tokens of this tokenizer do not stand for fixed bytes, or nothing ends an
@@ -78,6 +82,13 @@ class GrammarVocabulary:
             max(filter(None, map(pattern.fullmatch, pieces)), key=lambda m: len(m[0]), default=None)
             for pattern in _PROBES
         ]
+        special = set(tokenizer.special_token_ids)
+        self.is_plain = np.array(
+            [
+                bool(piece) and not piece.strip(_PLAIN_BYTES) and token_id not in special
+                for token_id, piece in enumerate(pieces)
+            ]
+        )
         self.text_probes = [[pieces.index(match[0])] for match in found if match]
 
     def allowed_ids(self, mask: np.ndarray) -> np.ndarray:

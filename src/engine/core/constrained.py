@@ -10,6 +10,26 @@ from engine.core.request import Sequence
 from engine.core.sampled_tokens import SampledTokens
 from engine.core.state import BoolArray, IndexArray, SequenceTable
 
+_MISSING_SHARE = 8
+"""A step ahead is not worth while where one in this many sequences would miss it."""
+
+
+def waits_for_masks(table: SequenceTable, running: IndexArray, rows: IndexArray) -> bool:
+    """Whether a step of `rows` had better wait for the one in flight.
+
+    Every sequence whose mask depends on the step in flight would miss this one. Where all rows are
+    constrained, and not only a few of them miss it, more steps would be run than time is saved.
+
+    Args:
+        table: Has the sequences.
+        running: [running] state indices.
+        rows: [R] of these, who could take part.
+    """
+    if not table.num_constrained or not table.is_constrained[rows].all():
+        return False
+    num_missing = len(running) - len(rows)
+    return num_missing * _MISSING_SHARE >= len(running)
+
 
 def accept_tokens(
     table: SequenceTable, rows: IndexArray, token_ids: npt.NDArray[np.int64], samples: BoolArray

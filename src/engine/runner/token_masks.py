@@ -83,9 +83,15 @@ class TokenMasks:
             for constraint, row in constraints:
                 constraint.matcher.unsafe_compute_mask_ptr(first + row * num_bytes, num_bytes)
             return
+        # The threads take neighbours: those that share a lexer would wait for each other.
+        constraints = sorted(constraints, key=_lexer_of)
         self._executor.unsafe_compute_mask_ptr(
             [(constraint.matcher, row) for constraint, row in constraints],
             first,
             num_bytes,
             len(self.array),
         )
+
+
+def _lexer_of(pair: tuple[SequenceConstraint, int]) -> int:
+    return pair[0].lexer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
@@ -15,11 +16,16 @@ from hypothesis import HealthCheck, given, settings
 
 from engine.constraints.compiler import CompiledConstraint
 from engine.constraints.sequence import SequenceConstraint
-from engine.core.batch import ScheduledBatch
+from engine.core.batch import ScheduledBatch, StepOutput
+from engine.core.constrained import waits_for_masks
+from engine.core.output import OutputProcessor
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
+from engine.loop import EngineLoop
+from engine.outputs import RequestOutput
 from engine.runner.token_masks import TokenMasks
 from engine.sampling_params import SamplingParams
+from engine.stats import Counters
 
 NOTE: dict[str, Any] = {
     "type": "object",
@@ -94,7 +100,7 @@ class GuessHarness(Harness):
     def __init__(self, wander: float, **setup: Any) -> None:
         super().__init__(**setup)
         size, count = setup["block_size"], setup["num_blocks"]
-        self.scheduler._guesses_in_text = True
+        self.scheduler._arrivals._postpones = True
         self.device: Device = Device(self.scheduler, wander, size, count, True)
         self.cases: list[tuple[Request, dict[str, Any], int]] = []
 
@@ -164,7 +170,9 @@ def write_mask(constraint: SequenceConstraint, words: np.ndarray) -> None:
 def play(
     cases: list[tuple[int, int, int]], wander: float, abort: Callable[[int], bool], **setup: Any
 ) -> GuessHarness:
+    settles_early = setup.pop("settles_early", True)
     harness = GuessHarness(wander, **setup)
+    harness.settles_early = settles_early
     for number, (kind, seed, max_tokens) in enumerate(cases):
         harness.submit_held(CONSTRAINTS[kind], seed, max_tokens)
         harness.turn()
@@ -188,6 +196,7 @@ def play(
     num_blocks=st.sampled_from([340, 1400]),
     budget=st.sampled_from([8, 64]),
     aborts=st.sets(st.integers(0, 4)),
+    settles_early=st.booleans(),
 )
 def test_tokens_are_those_that_masks_alone_give(
     cases: list[tuple[int, int, int]], aborts: set[int], **setup: Any
@@ -210,6 +219,105 @@ def test_text_is_sampled_ahead_and_without_masks(steps_in_flight: int) -> None:
     num_sampled = sum(int(batch.is_sampling.sum()) for batch in harness.batches)
     assert harness.device.num_open > num_sampled / 2
     assert harness.device.num_ahead > num_sampled / 4
+    assert harness.num_settled > num_sampled / 4
+
+
+class Answers:
+    """What the loop publishes, and a runner for it over the fake device."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.is_done = True
+        self.found: dict[str, list[int]] = {}
+        self.errors: list[BaseException] = []
+        self.all_ended = threading.Event()
+        self.num_wanted = 0
+
+    def execute(self, batch: ScheduledBatch) -> Answers:
+        self._device.launch(batch)
+        return self
+
+    def wait(self) -> StepOutput:
+        return StepOutput(self._device.run_oldest()[1])
+
+    def free_row(self, row: int) -> None:
+        pass
+
+    def check_health(self) -> None:
+        pass
+
+    def publish(
+        self,
+        deltas: object = None,
+        output: RequestOutput | None = None,
+        error: BaseException | None = None,
+    ) -> list[Any]:
+        if error is not None:
+            self.errors.append(error)
+        if output is not None:
+            self.found[output.request_id] = output.outputs[0].token_ids
+        if len(self.found) + len(self.errors) == self.num_wanted:
+            self.all_ended.set()
+        return []
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_the_loop_settles_what_waits(max_steps: int) -> None:
+    """Also the last tokens, behind which no step comes."""
+    setup = {"max_num_seqs": 4, "block_size": 4, "num_blocks": 1400, "budget": 64}
+    harness = GuessHarness(5.0, max_model_len=300, steps_in_flight=max_steps, **setup)
+    answers, counters = Answers(harness.device), Counters()
+    outputs = OutputProcessor(harness.scheduler, None, counters, answers.free_row)
+    loop = EngineLoop(
+        name="guesses",
+        scheduler=harness.scheduler,
+        runner=answers,
+        outputs=outputs,
+        counters=counters,
+        max_steps_in_flight=max_steps,
+    )
+    settled: list[int] = []
+    settle = outputs.settle
+    outputs.settle = lambda: settled.append(settle()) or settled[-1]  # type: ignore[func-returns-value]
+    add, harness.scheduler.add = harness.scheduler.add, lambda seq: None
+    for seed in range(10):
+        harness.submit_held(CONSTRAINTS[seed % 4], seed, 60 + seed)
+    harness.scheduler.add = add
+    answers.num_wanted = 10
+    loop.start(lambda body: body())
+    loop.post_submit([(request, answers) for request, _, _ in harness.cases])
+    assert answers.all_ended.wait(60)
+    assert loop.stop(drain=True, timeout=10)
+    assert not answers.errors
+    assert sum(settled) > 100
+    for request, options, max_tokens in harness.cases:
+        expected = alone(options, request.seed, max_tokens, 5.0)
+        assert answers.found[request.request_id] == expected
+
+
+def test_a_step_waits_for_the_masks_of_many_but_not_of_few() -> None:
+    """Free rows never wait; constrained ones do where more than a few of them would miss it."""
+    harness = GuessHarness(
+        5.0, max_num_seqs=32, block_size=4, num_blocks=1400, budget=64, max_model_len=300
+    )
+    table = harness.scheduler.table
+    for seed in range(16):
+        harness.submit_held(CONSTRAINTS[1], seed, 100)
+    while harness.num_in_flight < 1 or not table.guesses[:16].any():
+        harness.turn()
+        harness.launch()
+    num_guessing = 0
+    for num_masked in range(17):
+        table.guesses[:16] = np.arange(16) >= num_masked
+        rows = harness.scheduler._plan_running().rows
+        waits = waits_for_masks(table, harness.scheduler._running, rows)
+        num_missing = len(harness.scheduler._running) - len(rows)
+        assert waits == (num_missing >= 2), (num_masked, num_missing)
+        num_guessing += not waits
+    assert num_guessing >= 2
+    table.is_constrained[15] = False
+    rows = np.array([15], np.intp)
+    assert not waits_for_masks(table, harness.scheduler._running, rows)
 
 
 def test_who_cuts_the_distribution_or_watches_tokens_gets_masks() -> None:
