@@ -17,7 +17,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.constraints.closing import ClosingSearch
-from engine.constraints.schema_paths import find_culprit, pointer, without_unknown_formats
+from engine.constraints.schema_paths import (
+    find_culprit,
+    pointer,
+    with_discriminators,
+    without_unknown_formats,
+)
+from engine.constraints.schema_rewriting import rewritten
 from engine.constraints.sequence import SequenceConstraint
 from engine.constraints.spec import ConstraintSpec
 from engine.constraints.vocabulary import GrammarVocabulary
@@ -239,10 +245,19 @@ def _schema_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMa
     def attempt(part: Any) -> tuple[LLMatcher | None, str]:
         if part is False:
             return None, "The schema false allows nothing."
-        text = json.dumps(
-            {} if part is True else without_unknown_formats(part, _KNOWN_FORMATS),
-            ensure_ascii=False,
-        )
+        part = {} if part is True else without_unknown_formats(part, _KNOWN_FORMATS)
+        part = with_discriminators(part)
+        matcher, error = attempt_as_is(part)
+        if matcher is not None and not error:
+            return matcher, ""
+        try:
+            other = rewritten(part)
+        except (TypeError, ValueError, AttributeError):
+            return matcher, error  # malformed, and the library has said so
+        return (matcher, error) if other == part else attempt_as_is(other)
+
+    def attempt_as_is(part: Any) -> tuple[LLMatcher | None, str]:
+        text = json.dumps(part, ensure_ascii=False)
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides=_WHITESPACE[spec.json_whitespace]
