@@ -24,6 +24,7 @@ Memory per weight: `bits` + 16 / group, and as much again with minima, in bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,6 +99,25 @@ class CodePlanes:
         has_row_scales = self.bits == 8 and self.group == 0 and self.minima is None
         is_centred = self.exponent_bits > 0 or (self.zero == 128 and self.table is None)
         return self.rounds_input and has_row_scales and is_centred and self.shape[0] % 16 == 0
+
+    @property
+    def planes(self) -> tuple[torch.Tensor | None, ...]:
+        """What all kernels read, in the order of their arguments."""
+        return self.main, self.extra, self.scales, self.minima, self.table
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What all kernels are compiled for."""
+        return {
+            "GROUP": self.group,
+            "SUB": self.strips_per_scale,
+            "MAIN_BITS": self.main_bits,
+            "EXTRA": self.bits - self.main_bits,
+            "EXPONENT_BITS": self.exponent_bits,
+            "ZERO": self.zero,
+            "HAS_MINIMA": self.minima is not None,
+            "HAS_TABLE": self.table is not None,
+        }
 
     @property
     def device(self) -> torch.device:
