@@ -150,6 +150,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             enable_prefix_caching=resolved.enable_prefix_caching,
             coalesced_rows=config.max_num_seqs // _COALESCED_SHARE if stream is not None else 0,
             finds_prefix_groups=stream is not None,
+            guesses_in_text=stream is not None,
         )
         runner = ModelRunner(model, resolved, scheduler.table)
         runner.warm_up()
