@@ -127,6 +127,11 @@ class GPUFactory:
         self._planned_output: StoredWeight | None = None
         self._output: CodePlanes | None = None
 
+    @property
+    def room_bytes(self) -> int:
+        """Nothing: what a product needs for a moment belongs to the step, which is measured."""
+        return 0
+
     def num_bytes(self, parts: Sequence[StoredWeight], *, is_output: bool) -> int | None:
         """Memory of `linear`; None where a group of columns is no multiple of 16."""
         if is_output:
