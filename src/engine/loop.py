@@ -259,7 +259,7 @@ class EngineLoop:
         if not self._in_flight:
             return has_launched or num_settled > 0
         host_s = time.perf_counter() - started_s
-        self._ahead.wait(self._in_flight[0][1])
+        self._ahead.wait(self._in_flight[0][1], len(self._in_flight))
         arrived_s = time.perf_counter()
         num_steps, num_new_tokens = 0, num_settled
         while self._in_flight and (not num_steps or self._in_flight[0][1].is_done):

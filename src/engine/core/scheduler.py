@@ -19,7 +19,7 @@ from engine.core.batch_builder import NewRows, StepInFlight, build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
 from engine.core.constrained import waits_for_masks
-from engine.core.pieces import gathered, joined, pieces
+from engine.core.pieces import appended, gathered, joined, pieces
 from engine.core.preemption import fewest_victims, rank
 from engine.core.prefix_groups import PrefixGroups
 from engine.core.request import Sequence, SequenceStatus
@@ -306,7 +306,7 @@ class Scheduler:
             self._waiting.remove(seq)
         if new.rows:
             self._last_admission_step = self._counts.steps
-            self._running = np.concatenate([self._running, np.array(new.rows, dtype=np.intp)])
+            self._running = appended(self._running, new.rows)
             self._counts.peak_running = max(self._counts.peak_running, self.num_running)
         return new
 
@@ -358,8 +358,7 @@ class Scheduler:
     ) -> ScheduledBatch:
         rows, counts = plan.rows, plan.counts
         if new.rows:
-            rows = np.concatenate([rows, np.array(new.rows, dtype=np.intp)])
-            counts = np.concatenate([counts, np.array(new.counts, dtype=np.int32)])
+            rows, counts = appended(rows, new.rows), appended(counts, new.counts)
         batch, rows = build_batch(
             self.table,
             rows,
