@@ -158,3 +158,20 @@ def test_it_gives_up_on_a_step_that_never_ends(clock: Clock) -> None:
     ahead.begin()
     ahead.wait(Step(clock, clock.now_s + 1e9), 1)
     assert clock.now_s < 101.0
+
+
+def test_a_step_with_none_behind_it_is_watched_for_a_while(clock: Clock) -> None:
+    """The last stretch is not slept through, but neither is a step that takes far longer."""
+    ahead = LaunchAhead(16)
+    run_steps(ahead, clock, 1e-3)
+    for num_queued in (1, 2):
+        ahead.begin()
+        clock.sleeps.clear()
+        clock.late_s = 2e-6
+        ahead.wait(Step(clock, clock.now_s + 1e-3), num_queued)
+        assert (0 in clock.sleeps) == (num_queued == 1)
+    ahead.begin()
+    clock.sleeps.clear()
+    ahead.wait(Step(clock, clock.now_s + 50e-3), 1)
+    assert clock.sleeps.count(0) * clock.late_s < 0.6e-3
+    assert sum(clock.sleeps) > 45e-3
