@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ _MAPS_OF_SCHEMAS = (
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _MOST_PARTS = 2000
+_JSON_BLOCK = re.compile(r"%json\s*(?={)")
 _SHARED_KEYS = ("$schema", "$id", "$defs", "definitions")
 
 Path = tuple[str | int, ...]
@@ -68,6 +71,24 @@ def without_unknown_formats(schema: Any, known: frozenset[str]) -> Any:
     if isinstance(copy.get("format"), str) and copy["format"] not in known:
         del copy["format"]
     return copy
+
+
+def with_json_blocks(grammar: str, change: Callable[[Any], Any]) -> str:
+    """A Lark grammar whose `%json {…}` blocks are changed; as it is where none of them is."""
+    parts: list[str] = []
+    end = 0
+    for start in (found.end() for found in _JSON_BLOCK.finditer(grammar)):
+        if start < end:
+            continue  # inside a block
+        try:
+            schema, length = json.JSONDecoder().raw_decode(grammar[start:])
+        except ValueError:
+            continue  # for the library to name
+        changed = change(schema)
+        if changed != schema:
+            parts += [grammar[end:start], json.dumps(changed, ensure_ascii=False)]
+            end = start + length
+    return "".join([*parts, grammar[end:]])
 
 
 def with_discriminators(schema: Any) -> Any:

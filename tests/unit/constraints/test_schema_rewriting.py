@@ -198,6 +198,27 @@ def test_pydantic_unions_dictionaries_and_sets() -> None:
         Household.model_validate_json(answer.text)
 
 
+def test_schemas_inside_grammars_are_rewritten_too() -> None:
+    """As those of tools are; strings that look like one stay as they are."""
+    either = json.dumps({**A_AND_B, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]})
+    strange = json.dumps({"type": "string", "format": "of ours", "maxLength": 4})
+    grammar = f'start: "%json {{}}" %json{either} ";" %json   {strange} %json {{"const": 1}}'
+    compiled = compiler("bytes").compile(SamplingParams(grammar=grammar))
+    tok = tokenizer("bytes")
+    texts = set()
+    for seed in range(30):
+        answer = draw_answer(compiled, tok, 120, seed, wander=0.0)
+        assert answer.is_complete
+        texts.add(answer.text)
+        found, _ = json.JSONDecoder().raw_decode(answer.text.removeprefix("%json {}"))
+        assert ("a" in found) != ("b" in found)
+    assert len(texts) > 3
+    with pytest.raises(ConstraintError, match="grammar cannot be enforced"):
+        compiler("bytes").compile(SamplingParams(grammar='start: %json {"not": 7}'))
+    with pytest.raises(ConstraintError, match="grammar cannot be enforced"):
+        compiler("bytes").compile(SamplingParams(grammar="start: %json {"))
+
+
 @pytest.mark.parametrize(
     "schema",
     [
