@@ -125,7 +125,8 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
                 weight_bytes(model_config, dtype, device) if codes is None else codes.num_bytes
             )
             kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
-            check_model_fits(num_weight_bytes, kv_bytes, device, config)
+            room_bytes = 0 if codes is None else codes.room_bytes
+            check_model_fits(num_weight_bytes + room_bytes, kv_bytes, device, config)
             model = make_model(
                 model_config,
                 device,
@@ -298,7 +299,7 @@ def _plan_codes(
     )
     plan = plan_of(saves_memory=False)
     kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
-    if fits(plan.num_bytes + kv_bytes, device, config):
+    if fits(plan.num_bytes + plan.room_bytes + kv_bytes, device, config):
         return plan
     small = plan_of(saves_memory=True)
     if small.num_bytes < plan.num_bytes:

@@ -186,10 +186,10 @@ class RequestFactory:
             )
             raise RequestError(msg)
 
-    def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
+    def _bad_words_ids(self, params: SamplingParams) -> Sequence[list[int]]:
         """Each word as it is spelled at the start of a line and after a space."""
         if not params.bad_words or self._tokenizer is None:
-            return []
+            return ()
         found: list[list[int]] = []
         for word in params.bad_words:
             for text in (word.lstrip(), " " + word.lstrip()):
@@ -256,7 +256,8 @@ def _plain_ids(prompt: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32
     if type(prompt) is not list or type(prompt[0]) is not int:
         return None
     try:
-        return np.frombuffer(array("i", prompt), np.int32)
+        # From bytes: the view of an array is three objects that Python's collector walks.
+        return np.frombuffer(array("i", prompt).tobytes(), np.int32)
     except (TypeError, OverflowError):
         return None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +75,7 @@ class _Open:
     handle: RequestSink
     answers: list[_Answer]
     is_streamed: bool = False
-    deltas: list[Delta] = field(default_factory=list)
+    deltas: list[Delta] | tuple[()] = ()  # a list once there are any
 
 
 class OutputProcessor:
@@ -112,7 +112,7 @@ class OutputProcessor:
         self._serve_streams()
         for entry in self._touched.values():
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
-            entry.deltas = []
+            entry.deltas = ()
         self._touched.clear()
         wakeups, self._wakeups = self._wakeups, []
         return wakeups
@@ -171,7 +171,7 @@ class OutputProcessor:
                 continue
             self._touched.pop(entry.request, None)
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
-            entry.deltas = []
+            entry.deltas = ()
             since_s = self._pacing.spend(since_s)
             if not self._pacing.may_go_on:
                 break
@@ -387,16 +387,15 @@ class OutputProcessor:
             answer.num_sent_logprobs = len(answer.logprobs)
         answer.num_sent_chars = len(answer.text)
         answer.num_sent_tokens += len(new_ids)
-        entry.deltas.append(
-            Delta(
-                index=answer.seq.index,
-                text=text,
-                token_ids=new_ids,
-                finish_reason=answer.seq.finish_reason if is_last else None,
-                stop_reason=answer.seq.stop_reason if is_last else None,
-                logprobs=logprobs,
-            )
+        delta = Delta(
+            index=answer.seq.index,
+            text=text,
+            token_ids=new_ids,
+            finish_reason=answer.seq.finish_reason if is_last else None,
+            stop_reason=answer.seq.stop_reason if is_last else None,
+            logprobs=logprobs,
         )
+        entry.deltas = [*entry.deltas, delta]
 
     def _finish_request(self, entry: _Open) -> None:
         """Answer the handle once every answer of the request has ended."""

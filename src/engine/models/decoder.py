@@ -17,6 +17,7 @@ from device data, so it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -261,6 +262,22 @@ class Decoder:
             for layer, next_norm, rope in zip(self.layers, next_norms, config.ropes, strict=True)
         ]
 
+        self._distinct_layers = config.distinct_layers
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[list[int]]:
+        """Inside, `forward` runs one layer of each kind, which launches every kernel of a step.
+
+        Yields:
+            Which layers: `forward` then wants the caches of these. What it computes means nothing.
+        """
+        whole, layers = self._layer_plan, self._distinct_layers
+        self._layer_plan = [whole[index] for index in layers]
+        try:
+            yield layers
+        finally:
+            self._layer_plan = whole
+
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
         """Shape of one layer's `k_cache`, and of its `v_cache`."""
         return (num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
@@ -302,6 +319,7 @@ class Decoder:
             loaded = load_quantised(self, family, factory)
             # Those read the weights of plain layers.
             self._max_fused_tokens = self._max_weighed_tokens = 0
+            self._distinct_layers = list(range(self.config.num_layers))  # formats of their own
         for group, weights in self._groups():
             for name, view in weights:
                 if name not in loaded:
