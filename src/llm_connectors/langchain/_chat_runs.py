@@ -178,7 +178,10 @@ class ChatRun(Run[ChatResult]):
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
         plan = runs[0]._call.plan_for(engine)
-        return list(plan.encode([to_conversation(run._messages) for run in runs]))
+        prompts: list[Prompt] = list(plan.encode([to_conversation(run._messages) for run in runs]))
+        for run in runs:  # not needed again, and objects of pydantic are five
+            run._messages = ()
+        return prompts
 
     @override
     def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
@@ -237,7 +240,10 @@ class UnwatchedRun(Run[AIMessage]):
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
         plan = runs[0]._call.plan_for(engine)
-        return list(plan.encode([to_conversation(run._messages) for run in runs]))
+        prompts: list[Prompt] = list(plan.encode([to_conversation(run._messages) for run in runs]))
+        for run in runs:  # not needed again, and objects of pydantic are five
+            run._messages = ()
+        return prompts
 
     @override
     def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
