@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+import numpy as np
+
+from engine.core.batch import CompletedStep, ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.pieces import pieces
 from engine.core.request import Request, Sequence, SequenceStatus
 from engine.core.stream_pacing import StreamPacing
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from engine.core.scheduler import Scheduler
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
+
+_NOTHING = StepOutput(np.empty(0, np.int64))
+"""Sequences that are watched are never postponed."""
 
 
 @dataclass(slots=True)
@@ -240,6 +245,21 @@ class OutputProcessor:
         completed = self._scheduler.complete(batch, output.token_ids)
         for seq in without_token:
             self._fail(seq.request, _no_token(seq))
+        return self._take_in(completed, output, now_s)
+
+    def settle(self) -> int:
+        """Look at the tokens that `process` has left, see `Scheduler.settle`.
+
+        Returns:
+            How many there were, those included that have been taken back.
+        """
+        num_postponed = self._scheduler.num_postponed
+        if num_postponed:
+            self._take_in(self._scheduler.settle(), _NOTHING, time.monotonic())
+        return num_postponed
+
+    def _take_in(self, completed: CompletedStep, output: StepOutput, now_s: float) -> int:
+        """Texts, ends and errors of what was completed; the number of new tokens."""
         for seq in completed.failed:
             self._fail(seq.request, _constraint_failed(seq))
         for seq in completed.first_tokens:

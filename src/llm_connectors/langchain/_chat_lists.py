@@ -172,6 +172,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         conversations = self._conversations(inputs, outcomes if return_exceptions else None)
         runs = [call.start_unwatched(index, one) for index, one in conversations.items()]
         indices = list(conversations)
+        del conversations  # each run lets go of its own once it is rendered
         try:
             with LANGCHAIN_ERRORS.converting():
                 options = call.options
@@ -228,6 +229,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         yield from failed.items()
         runs: list[Run[Any]] = [call.start(index, one) for index, one in conversations.items()]
         indices = list(conversations)
+        del conversations  # each run lets go of its own once it is rendered
         served = serve_runs(
             runs,
             self._engine,
