@@ -178,10 +178,7 @@ class ChatRun(Run[ChatResult]):
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
         plan = runs[0]._call.plan_for(engine)
-        prompts: list[Prompt] = list(plan.encode([to_conversation(run._messages) for run in runs]))
-        for run in runs:  # not needed again, and objects of pydantic are five
-            run._messages = ()
-        return prompts
+        return list(plan.encode([to_conversation(run._messages) for run in runs]))
 
     @override
     def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:
@@ -241,7 +238,7 @@ class UnwatchedRun(Run[AIMessage]):
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
         plan = runs[0]._call.plan_for(engine)
         prompts: list[Prompt] = list(plan.encode([to_conversation(run._messages) for run in runs]))
-        for run in runs:  # not needed again, and objects of pydantic are five
+        for run in runs:  # not needed again, and a message is five objects
             run._messages = ()
         return prompts
 
