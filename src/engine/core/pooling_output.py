@@ -47,6 +47,10 @@ class PoolingOutputs:
     def start_stream(self, request: PoolingRequest) -> None:
         """A list of vectors has no deltas: it comes whole."""
 
+    def settle(self) -> int:
+        """Number of tokens that `process` left for later: none."""
+        return 0
+
     def process(self, batch: PoolingBatch, output: FloatArray) -> int:
         """Hand out the vectors of a step.
 
