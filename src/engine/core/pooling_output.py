@@ -47,10 +47,6 @@ class PoolingOutputs:
     def start_stream(self, request: PoolingRequest) -> None:
         """A list of vectors has no deltas: it comes whole."""
 
-    def settle(self) -> int:
-        """No text is left for later. Returns 0."""
-        return 0
-
     def process(self, batch: PoolingBatch, output: FloatArray) -> int:
         """Hand out the vectors of a step.
 
