@@ -27,6 +27,8 @@ _SPARE_S = 0.4e-3
 _LATENESS_FACTOR = 1.5
 _CONTENDED_S = 2e-3
 """Lateness of wake-ups from which on somebody is taken to compute in Python."""
+_CROWDED_S = 8e-3
+"""And from which on there are several: the way back is then too long and uncertain to rest."""
 _REST_S = 5e-3
 """A second turn for the other, behind the one that it takes before it gives the interpreter up."""
 _SHORTEST_SLEEP_S = 30e-6
@@ -77,7 +79,8 @@ class LaunchAhead:
 
     @property
     def _rest_s(self) -> float:
-        return _REST_S if self._lateness_s > _CONTENDED_S and self._max_steps > 2 else 0.0
+        is_beside_one = _CONTENDED_S < self._lateness_s < _CROWDED_S
+        return _REST_S if is_beside_one and self._max_steps > 2 else 0.0
 
     def begin(self) -> None:
         """The queue was empty until now: what comes is not measured against the past."""

@@ -47,10 +47,6 @@ class PoolingOutputs:
     def start_stream(self, request: PoolingRequest) -> None:
         """A list of vectors has no deltas: it comes whole."""
 
-    def settle(self) -> int:
-        """No text is left for later. Returns 0."""
-        return 0
-
     def process(self, batch: PoolingBatch, output: FloatArray) -> int:
         """Hand out the vectors of a step.
 
@@ -82,6 +78,10 @@ class PoolingOutputs:
             if request.is_finished:
                 self._finish(request, now_s)
         return batch.num_tokens
+
+    def settle(self) -> int:
+        """Vectors come whole: `process` leaves nothing to look at later."""
+        return 0
 
     def abort(self, request: PoolingRequest) -> None:
         """End `request` with `RequestAbortedError`; no effect once it is finished."""
