@@ -30,20 +30,8 @@ def attend_long(
     partial_words_ptr,
     stats_words_ptr,
     epoch,
-    q_norm_ptr,
-    k_norm_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    num_angles,
-    score_scale,
-    softcap,
-    eps,
-    weight_offset,
-    stride_cache_block,
-    stride_cache_token,
-    stride_cache_head,
-    angles_ptr,
+    rules,
+    cache,
     seq_len,
     first,
     num_tiles,
@@ -67,6 +55,9 @@ def attend_long(
     """Items (KV head, split) of a longer sequence."""
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     half: tl.constexpr = HEAD_DIM // 2
+    q_norm_ptr, k_norm_ptr, angles_ptr, num_angles, score_scale, softcap, eps, weight_offset = rules
+    k_cache_ptr, v_cache_ptr, table_ptr = cache[0], cache[1], cache[2]
+    stride_cache_block, stride_cache_token, stride_cache_head = cache[3], cache[4], cache[5]
     halves = tl.arange(0, half)
     rows = tl.arange(0, BLOCK_M)
     in_tile = tl.arange(0, LONG_BLOCK)

@@ -32,20 +32,8 @@ def attend_short(
     partial_words_ptr,
     stats_words_ptr,
     epoch,
-    q_norm_ptr,
-    k_norm_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    num_angles,
-    score_scale,
-    softcap,
-    eps,
-    weight_offset,
-    stride_cache_block,
-    stride_cache_token,
-    stride_cache_head,
-    angles_ptr,
+    rules,
+    cache,
     seq_len,
     first,
     num_splits,
@@ -67,6 +55,9 @@ def attend_short(
     """Items (query head, split) of a short sequence: every split one tile."""
     num_q_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     half: tl.constexpr = HEAD_DIM // 2
+    q_norm_ptr, k_norm_ptr, angles_ptr, num_angles, score_scale, softcap, eps, weight_offset = rules
+    k_cache_ptr, v_cache_ptr, table_ptr = cache[0], cache[1], cache[2]
+    stride_cache_block, stride_cache_token, stride_cache_head = cache[3], cache[4], cache[5]
     halves = tl.arange(0, half)
     in_tile = tl.arange(0, SHORT_BLOCK)
     for item in range(tl.program_id(0), num_q_heads * num_splits, tl.num_programs(0)):
