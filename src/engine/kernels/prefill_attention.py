@@ -228,9 +228,14 @@ def _prefill_kernel(
     program = tl.program_id(0)
     num_items = tl.load(plan_ptr) * NUM_KV_HEADS
     # A loop costs registers, at head_dim 64 enough of them to halve the resident programs: 317
-    # instead of 406 TFLOP/s. Where every item has a program there is none.
-    if IS_PERSISTENT:
-        for item in range(program, num_items, tl.num_programs(0)):
+    # instead of 406 TFLOP/s. Where every item has a program there is one round, and no loop.
+    for nth in (tl.range if IS_PERSISTENT else tl.static_range)(
+        program if IS_PERSISTENT else 0,
+        num_items if IS_PERSISTENT else 1,
+        tl.num_programs(0) if IS_PERSISTENT else 1,
+    ):
+        item = nth if IS_PERSISTENT else program
+        if IS_PERSISTENT or item < num_items:
             _prefill_item(
                 item,
                 q_ptr,
@@ -267,43 +272,6 @@ def _prefill_kernel(
                 BLOCK_D=BLOCK_D,
                 BLOCK_N=BLOCK_N,
             )
-    elif program < num_items:
-        _prefill_item(
-            program,
-            q_ptr,
-            k_ptr,
-            v_ptr,
-            k_scales_ptr,
-            v_scales_ptr,
-            sinks_ptr,
-            block_table_ptr,
-            plan_ptr,
-            out_ptr,
-            score_scale,
-            softcap,
-            stride_q_token,
-            stride_q_head,
-            stride_cache_block,
-            stride_cache_token,
-            stride_cache_head,
-            stride_scales,
-            stride_table,
-            stride_out,
-            NUM_KV_HEADS=NUM_KV_HEADS,
-            GROUP=GROUP,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_SIZE=BLOCK_SIZE,
-            WINDOW=WINDOW,
-            CHUNK=CHUNK,
-            HAS_SOFTCAP=HAS_SOFTCAP,
-            KEY_ALIGNMENT=KEY_ALIGNMENT,
-            HEADER=HEADER,
-            ITEM=ITEM,
-            BLOCK_Q=BLOCK_Q,
-            BLOCK_M=BLOCK_M,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-        )
 
 
 @functools.cache

@@ -169,144 +169,51 @@ def _prefill_hopper_kernel(
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
     bars = (k_full, v_full, empty)
-    # The arguments are written out: a variable would turn the constants among them into values.
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
+    # The arguments are written out: a variable would turn the constants among them into values,
+    # and so would a sum of lists.
+    gl.warp_specialize(
+        [
+            (
+                attend,
                 (
-                    attend,
-                    (
-                        rings,
-                        bars,
-                        plan_ptr,
-                        q_ptr,
-                        out_ptr,
-                        sinks_ptr,
-                        score_scale,
-                        stride_q_token,
-                        stride_q_head,
-                        stride_out,
-                        gl.constexpr(0),
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HAS_SINKS,
-                    ),
+                    rings,
+                    bars,
+                    plan_ptr,
+                    q_ptr,
+                    out_ptr,
+                    sinks_ptr,
+                    score_scale,
+                    stride_q_token,
+                    stride_q_head,
+                    stride_out,
+                    role,
+                    NUM_KV_HEADS,
+                    GROUP,
+                    HAS_SINKS,
                 ),
+            )
+            if role < CONSUMERS
+            else (
+                load,
                 (
-                    attend,
-                    (
-                        rings,
-                        bars,
-                        plan_ptr,
-                        q_ptr,
-                        out_ptr,
-                        sinks_ptr,
-                        score_scale,
-                        stride_q_token,
-                        stride_q_head,
-                        stride_out,
-                        gl.constexpr(1),
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HAS_SINKS,
-                    ),
+                    (k_desc, v_desc),
+                    rings,
+                    bars,
+                    plan_ptr,
+                    block_table_ptr,
+                    stride_table,
+                    NUM_KV_HEADS,
+                    BLOCK_SIZE,
+                    HEADS_FIRST,
                 ),
-                (
-                    load,
-                    (
-                        (k_desc, v_desc),
-                        rings,
-                        bars,
-                        plan_ptr,
-                        block_table_ptr,
-                        stride_table,
-                        NUM_KV_HEADS,
-                        BLOCK_SIZE,
-                        HEADS_FIRST,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, LOADER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    attend,
-                    (
-                        rings,
-                        bars,
-                        plan_ptr,
-                        q_ptr,
-                        out_ptr,
-                        sinks_ptr,
-                        score_scale,
-                        stride_q_token,
-                        stride_q_head,
-                        stride_out,
-                        gl.constexpr(0),
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HAS_SINKS,
-                    ),
-                ),
-                (
-                    attend,
-                    (
-                        rings,
-                        bars,
-                        plan_ptr,
-                        q_ptr,
-                        out_ptr,
-                        sinks_ptr,
-                        score_scale,
-                        stride_q_token,
-                        stride_q_head,
-                        stride_out,
-                        gl.constexpr(1),
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HAS_SINKS,
-                    ),
-                ),
-                (
-                    attend,
-                    (
-                        rings,
-                        bars,
-                        plan_ptr,
-                        q_ptr,
-                        out_ptr,
-                        sinks_ptr,
-                        score_scale,
-                        stride_q_token,
-                        stride_q_head,
-                        stride_out,
-                        gl.constexpr(2),
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HAS_SINKS,
-                    ),
-                ),
-                (
-                    load,
-                    (
-                        (k_desc, v_desc),
-                        rings,
-                        bars,
-                        plan_ptr,
-                        block_table_ptr,
-                        stride_table,
-                        NUM_KV_HEADS,
-                        BLOCK_SIZE,
-                        HEADS_FIRST,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS],
-        )
+            )
+            for role in ((0, 1, 2) if CONSUMERS == 2 else (0, 1, 2, 3))
+        ],
+        [4, 1] if CONSUMERS == 2 else [4, 4, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS]
+        if CONSUMERS == 2
+        else [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS],
+    )
 
 
 def prefill_on_hopper(

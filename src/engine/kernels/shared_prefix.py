@@ -164,35 +164,9 @@ def _prefix_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         full_end = start + (end - start) // BLOCK_N * BLOCK_N
-        acc, row_max, row_sum = attend_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            positions,
-            k_ptr + kv_head * stride_cache_head,
-            v_ptr + kv_head * stride_cache_head,
-            k_scales,
-            v_scales,
-            block_table_ptr + table_row * stride_table,
-            start,
-            start,
-            full_end,
-            score_scale,
-            softcap,
-            stride_cache_block,
-            stride_cache_token,
-            stride_scales,
-            IS_MASKED=False,
-            WINDOW=0,
-            CHUNK=0,
-            HAS_SOFTCAP=HAS_SOFTCAP,
-            HEAD_DIM=HEAD_DIM,
-            BLOCK_D=BLOCK_D,
-            BLOCK_N=BLOCK_N,
-            BLOCK_SIZE=BLOCK_SIZE,
-        )
-        if BLOCK_SIZE < BLOCK_N:
+        first_tiles = (start, full_end)
+        ends = (full_end, end)
+        for run in tl.static_range(2 if BLOCK_SIZE < BLOCK_N else 1):
             acc, row_max, row_sum = attend_tiles(
                 acc,
                 row_max,
@@ -204,15 +178,15 @@ def _prefix_kernel(
                 k_scales,
                 v_scales,
                 block_table_ptr + table_row * stride_table,
-                full_end,
+                first_tiles[run],
                 start,
-                end,
+                ends[run],
                 score_scale,
                 softcap,
                 stride_cache_block,
                 stride_cache_token,
                 stride_scales,
-                IS_MASKED=True,
+                IS_MASKED=run == 1,
                 WINDOW=0,
                 CHUNK=0,
                 HAS_SOFTCAP=HAS_SOFTCAP,
