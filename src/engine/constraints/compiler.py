@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.constraints.closing import ClosingSearch
-from engine.constraints.schema_paths import find_culprit, pointer, without_unknown_formats
+from engine.constraints.schema_paths import (
+    find_culprit,
+    pointer,
+    with_discriminators,
+    with_json_blocks,
+    without_unknown_formats,
+)
+from engine.constraints.schema_rewriting import rewritten
 from engine.constraints.sequence import SequenceConstraint
 from engine.constraints.spec import ConstraintSpec
 from engine.constraints.vocabulary import GrammarVocabulary
@@ -222,7 +229,7 @@ def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatch
             alternatives = map(re.escape, json.loads(spec.source))
             grammar = LLMatcher.grammar_from_regex("|".join(alternatives))
         else:
-            grammar = LLMatcher.grammar_from_lark(_as_lark(spec.source))
+            return _grammar_matcher(_as_lark(spec.source), vocabulary)
     except RecursionError:
         msg = f"{spec.kind} is nested too deeply."
         raise ConstraintError(msg) from None
@@ -233,16 +240,49 @@ def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatch
     return matcher
 
 
+def _grammar_matcher(source: str, vocabulary: GrammarVocabulary) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    source = with_json_blocks(source, _prepared)
+    matcher, error = _try_matcher(LLMatcher.grammar_from_lark(source), vocabulary)
+    if error:
+        other = with_json_blocks(source, _rewritten_if_sound)
+        if other != source:
+            matcher, error = _try_matcher(LLMatcher.grammar_from_lark(other), vocabulary)
+    if error:
+        msg = f"grammar cannot be enforced: {error}"
+        raise ConstraintError(msg)
+    return matcher
+
+
+def _prepared(schema: Any) -> Any:
+    """`schema` without what constrains nothing, and with what is meant besides."""
+    return with_discriminators(without_unknown_formats(schema, _KNOWN_FORMATS))
+
+
+def _rewritten_if_sound(schema: Any) -> Any:
+    """`rewritten`, or `schema` itself where it is malformed, for the library to name that."""
+    try:
+        return rewritten(schema)
+    except (TypeError, ValueError, AttributeError):
+        return schema
+
+
 def _schema_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatcher:
     from llguidance import LLMatcher
 
     def attempt(part: Any) -> tuple[LLMatcher | None, str]:
         if part is False:
             return None, "The schema false allows nothing."
-        text = json.dumps(
-            {} if part is True else without_unknown_formats(part, _KNOWN_FORMATS),
-            ensure_ascii=False,
-        )
+        part = _prepared({} if part is True else part)
+        matcher, error = attempt_as_is(part)
+        if matcher is not None and not error:
+            return matcher, ""
+        other = _rewritten_if_sound(part)
+        return (matcher, error) if other == part else attempt_as_is(other)
+
+    def attempt_as_is(part: Any) -> tuple[LLMatcher | None, str]:
+        text = json.dumps(part, ensure_ascii=False)
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides=_WHITESPACE[spec.json_whitespace]
