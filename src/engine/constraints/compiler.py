@@ -57,15 +57,15 @@ class CompiledConstraint:
     """A constraint that can be enforced. Immutable; shared by all requests that ask for the same.
 
     Copies of a matcher share its lexer, which knows the states that any of them has met, behind a
-    lock. So that masks of many answers can be made side by side, the constraint is compiled up to 8
-    times, once for every 4 answers that were asked for.
+    lock. So that masks of many answers can be made side by side, the constraint may be compiled
+    several times, once for every 4 answers that were asked for.
 
     Args:
         spec: What was asked for.
         matcher: At the start; copied for each answer.
         vocabulary: Of the model.
         search: Of the vocabulary.
-        compilation_s: What making `matcher` has taken.
+        most_lexers: How often it is compiled at most.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class CompiledConstraint:
         matcher: LLMatcher,
         vocabulary: GrammarVocabulary,
         search: ClosingSearch,
-        compilation_s: float = 0.0,
+        most_lexers: int = 1,
     ) -> None:
         self.spec = spec
         self._matcher = matcher
         self._matchers = [matcher]
-        self._most_lexers = _MOST_LEXERS if compilation_s < _LONGEST_COMPILATION_S else 1
+        self._most_lexers = most_lexers
         self._start_numbers = itertools.count()
         self._vocabulary = vocabulary
         self._search = search
@@ -144,11 +144,18 @@ class ConstraintCompiler:
         tokenizer: None for models without one, which cannot be constrained.
         vocab_size: V, width of the logits.
         eos_token_ids: Ids that end an answer.
+        has_many_threads: Masks are made by several threads, as for a GPU.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        *,
+        has_many_threads: bool = False,
     ) -> None:
+        self._most_lexers = _MOST_LEXERS if has_many_threads else 1
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -175,8 +182,9 @@ class ConstraintCompiler:
         vocabulary, search = self._shared_parts()
         started_s = time.perf_counter()
         matcher = _new_matcher(spec, vocabulary)
-        taken_s = time.perf_counter() - started_s
-        compiled = CompiledConstraint(spec, matcher, vocabulary, search, taken_s)
+        is_slow = time.perf_counter() - started_s > _LONGEST_COMPILATION_S
+        most_lexers = 1 if is_slow else self._most_lexers
+        compiled = CompiledConstraint(spec, matcher, vocabulary, search, most_lexers)
         with self._compiled_lock:
             self._compiled[spec] = compiled
             if len(self._compiled) > _CACHE_ENTRIES:
