@@ -87,7 +87,7 @@ def captured(case: AttentionCase, num_decodes: int, seed: int = 0) -> AttentionM
 def tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
     """Launch shape; in the interpreter, whose time goes by operations, with wider tiles, and with
     more programs than its device has, so that they share sequences."""
-    tiles = kernels("decode_attention").decode_tiles(dtype, head_dim, dtype)
+    tiles = kernels("decode_attention").decode_tiles(dtype, head_dim, dtype, 4)
     many = {"block_n": 64, "programs_per_processor": 12, "min_tiles": 2}
     return dataclasses.replace(tiles, **(many if IS_INTERPRETED else {}), **changes)
 

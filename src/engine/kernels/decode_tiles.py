@@ -68,10 +68,11 @@ class DecodeTiles:
         )
 
 
-def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> DecodeTiles:
-    """Tiles for queries of a dtype, a head size, and the dtype that the cache stores.
+def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype, group: int) -> DecodeTiles:
+    """Tiles for queries of a dtype, a head size, what the cache stores, and heads per KV head.
 
-    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold.
+    Programs per processor are as many as its 227 KiB of shared memory and four times 16 Ki
+    registers hold: those of a warp lie in one quarter.
     """
     if dtype == torch.float32:
         return DecodeTiles(32, 2, 4, 2)
@@ -80,6 +81,9 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> Deco
     if stored in LIMITS:
         # Twice the keys, for as many bytes: half the instructions that are spent per tile.
         return DecodeTiles(128, 2 if head_dim > 64 else 3, 4, 3, max_registers=168)
+    if group > 16:
+        # More rows than the tensor cores take at once; two warps' registers would not hold them.
+        return DecodeTiles(64, 3, 4, 2 if head_dim > 64 else 3, max_registers=168)
     if head_dim > 64:
-        return DecodeTiles(64, 3, 4, 2)
-    return DecodeTiles(64, 3, 4, 4, max_registers=128)
+        return DecodeTiles(64, 2, 2, 4)
+    return DecodeTiles(64, 2, 2, 6, max_registers=168)
