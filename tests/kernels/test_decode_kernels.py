@@ -128,34 +128,6 @@ def test_only_the_counted_sequences_are_computed(
         assert torch.equal(got, want[:num_decodes])
 
 
-@pytest.mark.parametrize("dtype", [DTYPES[-1], *on_gpu_only(*DTYPES[:-1])])
-@pytest.mark.parametrize(
-    ("num_q_heads", "num_kv_heads", "head_dim", "at_once"),
-    [(9, 3, 64, 3), (16, 4, 48, 4), (6, 6, 64, 3), *on_gpu_only((32, 8, 128, 2), (20, 1, 64, 1))],
-)
-def test_several_kv_heads_at_once(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    at_once: int,
-) -> None:
-    case = make_case(
-        LENGTHS,
-        dtype=dtype,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=64,
-    )
-    tiles = tiles_for(dtype, head_dim, max_columns=256)
-    assert tiles.kv_heads(case.k_cache, num_q_heads // num_kv_heads) == at_once
-    want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
-    got = decode(case, device, tiles=tiles)
-    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_rows_of_the_table_in_any_order(device: torch.device, batch_invariant: bool) -> None:
     options = {"batch_invariant": batch_invariant}

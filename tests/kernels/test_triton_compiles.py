@@ -158,7 +158,6 @@ def compile_decode(
         "HAS_LOW": False,
         "IS_ASSEMBLED": True,
         "HEADS": NUM_KV_HEADS,
-        "KV_HEADS": 1,
         "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
         "STARTS_EARLY": True,
         "HAS_PREFIXES": has_prefixes,
