@@ -37,7 +37,7 @@ from engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.handle import RequestHandle
+    from engine.handle import RequestHandle, merge_deltas
     from engine.llm import LLM
     from engine.pooling_handle import PoolingHandle
     from engine.text.answer_format import AnswerFormat, check_parser_names
@@ -95,6 +95,7 @@ __all__ = [
     "Usage",
     "assemble",
     "check_parser_names",
+    "merge_deltas",
     "nearest_name_hint",
 ]
 
@@ -103,6 +104,7 @@ _LAZY = {
     "LLM": "engine.llm",
     "PoolingHandle": "engine.pooling_handle",
     "RequestHandle": "engine.handle",
+    "merge_deltas": "engine.handle",
     "AnswerFormat": "engine.text.answer_format",
     "check_parser_names": "engine.text.answer_format",
     "AnswerReader": "engine.text.reasoning",

@@ -125,7 +125,8 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
                 weight_bytes(model_config, dtype, device) if codes is None else codes.num_bytes
             )
             kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
-            check_model_fits(num_weight_bytes, kv_bytes, device, config)
+            room_bytes = 0 if codes is None else codes.room_bytes
+            check_model_fits(num_weight_bytes + room_bytes, kv_bytes, device, config)
             model = make_model(
                 model_config,
                 device,
@@ -150,6 +151,7 @@ def _build_parts(config: EngineConfig, device: torch.device) -> EngineParts:
             enable_prefix_caching=resolved.enable_prefix_caching,
             coalesced_rows=config.max_num_seqs // _COALESCED_SHARE if stream is not None else 0,
             finds_prefix_groups=stream is not None,
+            guesses_in_text=stream is not None,
         )
         runner = ModelRunner(model, resolved, scheduler.table)
         runner.warm_up()
@@ -297,7 +299,7 @@ def _plan_codes(
     )
     plan = plan_of(saves_memory=False)
     kv_bytes = _fewest_kv_bytes(config, model_config, device, dtype)
-    if fits(plan.num_bytes + kv_bytes, device, config):
+    if fits(plan.num_bytes + plan.room_bytes + kv_bytes, device, config):
         return plan
     small = plan_of(saves_memory=True)
     if small.num_bytes < plan.num_bytes:

@@ -17,6 +17,7 @@ from typing import Any, overload
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.request import Request
 from engine.errors import RequestError
+from engine.hand_over import HandOver
 from engine.handle import RequestHandle
 from engine.outputs import Delta, RequestOutput
 from engine.placement.host import EXIT_TIMEOUT_S, start_host
@@ -296,16 +297,20 @@ class Engine(PoolingFace):
     ) -> list[RequestHandle]:
         """Start several requests in one hand-over: the next step sees all of them.
 
-        All or none: if one prompt is bad, none is started.
+        A long list goes over in pieces while other threads keep the interpreter (see `HandOver`).
+        All or none: if one prompt is bad, none is started, or those that were are aborted.
 
         Raises:
             RequestError: As `submit`, naming the prompt's place in the list.
         """
-        requests = []
+        requests: list[Request] = []
+        handles: list[RequestHandle] = []
         all_params = params_per_prompt(params, len(prompts))
         encoded = self._factory.encode_together(prompts, parse_special)
-        for index, (prompt, one) in enumerate(zip(prompts, all_params, strict=True)):
-            try:
+        hand_over = HandOver()
+        index = 0
+        try:
+            for index, (prompt, one) in enumerate(zip(prompts, all_params, strict=True)):
                 requests.append(
                     self._factory.make(
                         prompt,
@@ -317,10 +322,16 @@ class Engine(PoolingFace):
                         token_ids=encoded.get(index),
                     )
                 )
-            except RequestError as error:
+                if hand_over.is_due(len(requests)):
+                    handles += self._hand_over(requests)
+                    requests = []
+            return handles + self._hand_over(requests)
+        except BaseException as error:
+            if isinstance(error, RequestError):
                 error.add_note(f"This was prompt {index} of {len(prompts)}.")
-                raise
-        return self._hand_over(requests)
+            for handle in handles:
+                handle.abort()
+            raise
 
     def _hand_over(self, requests: list[Request]) -> list[RequestHandle]:
         # A handle keeps its engine alive: `Engine(…).submit(…).result()` works.

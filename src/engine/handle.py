@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,7 +40,7 @@ class RequestSink(Protocol):
 
     def publish(
         self,
-        deltas: list[Delta] | None = None,
+        deltas: Sequence[Delta] | None = None,
         output: RequestOutput | None = None,
         error: BaseException | None = None,
     ) -> Wakeups:
@@ -89,10 +89,11 @@ class RequestHandle:
         # Made when a thread has to wait. It is ten objects, which most handles of a long list
         # never need, and a thousand of which bring on a full garbage collection.
         self._condition: threading.Condition | None = None
-        self._deltas: list[Delta] = []
+        # Lists once somebody streams or waits: each would be an object that the collector walks.
+        self._deltas: list[Delta] | tuple[()] = ()
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._futures: Wakeups = []
+        self._futures: Wakeups | tuple[()] = ()
         self._is_streamed = False
         self._num_readers = 0
         self._on_end: Callable[[RequestHandle], None] | None = None
@@ -230,9 +231,10 @@ class RequestHandle:
             self._num_readers += 1
             is_first = not self._is_streamed
             self._is_streamed = True
-            if is_first and self._output is not None:
-                self._deltas.extend(_deltas_of(self._output))
-                return
+            if is_first:
+                self._deltas = [] if self._output is None else _deltas_of(self._output)
+                if self._output is not None:
+                    return
         if is_first and not self.is_done:
             self._on_stream(self._request)
 
@@ -270,7 +272,7 @@ class RequestHandle:
 
     def publish(
         self,
-        deltas: list[Delta] | None = None,
+        deltas: Sequence[Delta] | None = None,
         output: RequestOutput | None = None,
         error: BaseException | None = None,
     ) -> Wakeups:
@@ -287,15 +289,16 @@ class RequestHandle:
         with self._lock:
             if self.is_done:
                 return []
-            if deltas and self._is_streamed:
-                self._deltas.extend(deltas)
-            if output is not None and self._is_streamed and not deltas and not self._deltas:
-                self._deltas.extend(_deltas_of(output))
+            if self._is_streamed:
+                assert isinstance(self._deltas, list), "made by the first stream"
+                self._deltas.extend(deltas or ())
+                if output is not None and not self._deltas:
+                    self._deltas.extend(_deltas_of(output))
             self._output = output
             self._error = error
             if self._condition is not None:
                 self._condition.notify_all()
-            futures, self._futures = self._futures, []
+            futures, self._futures = list(self._futures), ()
             on_end, self._on_end = (self._on_end, None) if self.is_done else (None, self._on_end)
         if on_end is not None:
             on_end(self)
@@ -308,7 +311,7 @@ class RequestHandle:
         with self._lock:
             if is_ready():
                 return
-            self._futures.append((loop, future, is_stream))
+            self._futures = [*self._futures, (loop, future, is_stream)]
         await future
 
 
@@ -379,7 +382,7 @@ def _set_results(futures: list[asyncio.Future[None]]) -> None:
             future.set_result(None)
 
 
-def merge_deltas(deltas: list[Delta]) -> list[Delta]:
+def merge_deltas(deltas: Sequence[Delta]) -> list[Delta]:
     """One delta per answer, in the order in which the answers first appear."""
     if len(deltas) < 2:
         return list(deltas)

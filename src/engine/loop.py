@@ -255,12 +255,13 @@ class EngineLoop:
         """Launch what may be launched, then read what is done. False: nothing to do."""
         started_s = time.perf_counter()
         has_launched = self._launch_steps()
+        num_settled = self._outputs.settle()
         if not self._in_flight:
-            return has_launched
+            return has_launched or num_settled > 0
         host_s = time.perf_counter() - started_s
-        self._ahead.wait(self._in_flight[0][1])
+        self._ahead.wait(self._in_flight[0][1], len(self._in_flight))
         arrived_s = time.perf_counter()
-        num_steps = num_new_tokens = 0
+        num_steps, num_new_tokens = 0, num_settled
         while self._in_flight and (not num_steps or self._in_flight[0][1].is_done):
             batch, pending = self._in_flight.popleft()
             try:

@@ -47,8 +47,9 @@ class _AllEnded:
         self._is_open = threading.Event()
         if not handles:
             self._is_open.set()
+        note = self._note  # one object for all, not one for each
         for handle in handles:
-            handle.call_at_end(self._note)
+            handle.call_at_end(note)
 
     def wait(self) -> None:
         self._is_open.wait()

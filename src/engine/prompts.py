@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 import time
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from engine.constraints.compiler import ConstraintCompiler
 from engine.core.capacity import CapacityLimits
+from engine.core.pieces import joined, pieces
 from engine.core.request import Request
 from engine.core.request import Sequence as TokenSequence
 from engine.errors import RequestError
@@ -186,10 +186,10 @@ class RequestFactory:
             )
             raise RequestError(msg)
 
-    def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
+    def _bad_words_ids(self, params: SamplingParams) -> Sequence[list[int]]:
         """Each word as it is spelled at the start of a line and after a space."""
         if not params.bad_words or self._tokenizer is None:
-            return []
+            return ()
         found: list[list[int]] = []
         for word in params.bad_words:
             for text in (word.lstrip(), " " + word.lstrip()):
@@ -228,6 +228,9 @@ def add_sequences(request: Request) -> None:
 def check_token_ids(prompt: Any, vocab_size: int) -> npt.NDArray[np.int32]:
     """`prompt` as an array [num_prompt_tokens] of token ids, all of them in the vocabulary.
 
+    Keeps the GIL, however long the prompt is: a list of a thousand prompts is made beside whatever
+    the application computes, and each time that the GIL is given up costs 5 ms per busy thread.
+
     Raises:
         RequestError: It is empty, no sequence of integers, or an id is out of range.
     """
@@ -237,24 +240,49 @@ def check_token_ids(prompt: Any, vocab_size: int) -> npt.NDArray[np.int32]:
     if len(prompt) == 0:
         msg = "The prompt is empty. Give at least one character or token id."
         raise RequestError(msg)
-    found = _integers(prompt)
-    outside = np.flatnonzero((found < 0) | (found >= vocab_size))
-    if len(outside):
-        place = int(outside[0])
-        msg = (
-            f"prompt[{place}]={int(found[place])} is no token id of this model, "
-            f"which has ids 0 to {vocab_size - 1}."
-        )
-        raise RequestError(msg)
-    return found.astype(np.int32)
+    ids = _plain_ids(prompt)
+    if ids is None or not _are_in_vocabulary(ids, vocab_size):
+        found = _integers(prompt)
+        _refuse_outsiders(found, vocab_size)
+        ids = joined([found[piece].astype(np.int32) for piece in pieces(len(found))])
+    return ids
+
+
+def _plain_ids(prompt: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
+    """A plain list of ints as an array; None where it is not quite that.
+
+    For those twice as fast as NumPy, which looks at all types first.
+    """
+    if type(prompt) is not list or type(prompt[0]) is not int:
+        return None
+    try:
+        # From bytes: the view of an array is three objects that Python's collector walks.
+        return np.frombuffer(array("i", prompt).tobytes(), np.int32)
+    except (TypeError, OverflowError):
+        return None
+
+
+def _are_in_vocabulary(ids: npt.NDArray[np.int32], vocab_size: int) -> bool:
+    """Whether all of `ids` are at least 0 and below `vocab_size`. Keeps the GIL."""
+    unsigned = ids.view(np.uint32)  # below 0 is then above everything
+    return all(np.maximum.reduce(unsigned[piece]) < vocab_size for piece in pieces(len(unsigned)))
+
+
+def _refuse_outsiders(found: npt.NDArray[Any], vocab_size: int) -> None:
+    for piece in pieces(len(found)):
+        part = found[piece]
+        outside = np.flatnonzero((part < 0) | (part >= vocab_size))
+        if len(outside):
+            place = piece.start + int(outside[0])
+            msg = (
+                f"prompt[{place}]={int(found[place])} is no token id of this model, "
+                f"which has ids 0 to {vocab_size - 1}."
+            )
+            raise RequestError(msg)
 
 
 def _integers(prompt: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The numbers of a prompt, whatever integers they are."""
-    if type(prompt) is list and type(prompt[0]) is int:
-        # For plain lists twice as fast as NumPy, which looks at all types first.
-        with contextlib.suppress(TypeError, OverflowError):
-            return np.frombuffer(array("q", prompt), np.int64)
     try:
         found = np.asarray(prompt)
     except (ValueError, OverflowError) as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from engine import CallEnd, RequestError, SamplingParams
 from llm_connectors._answer_constraint import FREE, AnswerConstraint, answer_constraint
 from llm_connectors._call_grammar import Thinking
+from llm_connectors._overflow import Conversation, prompt_room, shortened_conversation
 from llm_connectors._tool_request import ToolRequest
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class AnswerOptions:
         reasoning_parser: As in `engine.AnswerFormat`.
         reasoning: True, False, an effort, or None for the template's default.
         request: Tools and format; None for plain text.
+        on_overflow: One of `OVERFLOW_POLICIES`.
     """
 
     chat_template: str | None = None
@@ -47,6 +49,7 @@ class AnswerOptions:
     reasoning_parser: str = "auto"
     reasoning: bool | str | None = None
     request: ToolRequest | None = None
+    on_overflow: str = "error"
 
 
 class AnswerPlan:
@@ -89,14 +92,30 @@ class AnswerPlan:
             and self._options == other._options
             and self._constraint.opening == other._constraint.opening
             and self._ends_reasoning == other._ends_reasoning
+            and (
+                self._options.on_overflow == "error"
+                or self.params.max_tokens == other.params.max_tokens
+            )
         )
 
-    def encode(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Token ids of conversations, ready to submit; encoded together.
 
         Raises:
             RequestError: Messages are malformed, or the template refuses them.
         """
+        prompts = self._encode(conversations)
+        if self._options.on_overflow == "error":
+            return prompts
+        room = prompt_room(self._engine, self.params.max_tokens)
+        return [
+            prompt
+            if len(prompt) <= room
+            else shortened_conversation(messages, room, lambda kept: self._encode([kept])[0])
+            for prompt, messages in zip(prompts, conversations, strict=True)
+        ]
+
+    def _encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         request = self._options.request
         tools = list(request.tools) if request is not None else None
         shown_tools: Any = None

@@ -12,12 +12,15 @@ the process-wide engine with exactly these options.
 All leases of one config share one reference. It stays when an object that used it is garbage
 collected, because the next one may be a microsecond away. It goes back when `close` is called on
 a lease and no other living lease uses it any more, or when the same model is asked for with other
-options and no living lease uses it: an engine that nobody could close must not be in the way.
+options and no living lease uses it: an engine that nobody could close must not be in the way. Where
+none of its leases was made with `keep_loaded`, it goes back when the last of them is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import gc
 import threading
 import weakref
@@ -41,8 +44,10 @@ class EngineLease:
         model: As in `EngineConfig.model`. Ignored where `engine` is given.
         options: Further `EngineConfig` fields by name.
         engine: An engine the caller made and will close.
+        keep_loaded: The engine may stay when nobody uses it any more.
 
     Attributes:
+        keep_loaded: As given.
         config: The engine's config, as asked for.
         options: Its fields, without `model`, that differ from an engine's defaults.
 
@@ -50,14 +55,24 @@ class EngineLease:
         ConfigError: An option is unknown or its value is bad.
     """
 
-    __slots__ = ("__weakref__", "_engine", "_is_owned_by_caller", "config", "options")
+    __slots__ = (
+        "__weakref__",
+        "_engine",
+        "_is_owned_by_caller",
+        "config",
+        "keep_loaded",
+        "options",
+    )
 
     def __init__(
         self,
         model: str,
         options: Mapping[str, Any] | None = None,
         engine: Engine | None = None,
+        *,
+        keep_loaded: bool = True,
     ) -> None:
+        self.keep_loaded = keep_loaded
         self._engine = engine
         self._is_owned_by_caller = engine is not None
         self.config: EngineConfig = (
@@ -68,7 +83,8 @@ class EngineLease:
         self.options: dict[str, Any] = _non_default_options(self.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (EngineLease, (self.config.model, self.options))
+        make = functools.partial(EngineLease, keep_loaded=self.keep_loaded)
+        return (make, (self.config.model, self.options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineLease:
         return self.__copy__()
@@ -76,7 +92,7 @@ class EngineLease:
     def __copy__(self) -> EngineLease:
         if self._is_owned_by_caller:
             return EngineLease(self.config.model, engine=self._engine)
-        return EngineLease(self.config.model, self.options)
+        return EngineLease(self.config.model, self.options, keep_loaded=self.keep_loaded)
 
     def __repr__(self) -> str:
         state = "loaded" if self.is_loaded else "not loaded"
@@ -133,6 +149,17 @@ class _Reference:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.users: weakref.WeakSet[EngineLease] = weakref.WeakSet()
+        self.is_kept = False
+
+    def add(self, lease: EngineLease) -> None:
+        """`lease` uses the engine from now on."""
+        if lease in self.users:
+            return
+        if not lease.keep_loaded:
+            # Before the set's own reference: what was registered last is called first.
+            weakref.finalize(lease, _release_soon, lease.config).atexit = False
+        self.users.add(lease)
+        self.is_kept |= lease.keep_loaded
 
 
 class _References:
@@ -157,7 +184,7 @@ class _References:
             is_first = reference is None or reference.engine.is_closed
             if reference is None or is_first:
                 reference = self._by_config[lease.config] = _Reference(engine)
-            reference.users.add(lease)
+            reference.add(lease)
         if not is_first:
             engine.close()
         return reference.engine
@@ -167,7 +194,7 @@ class _References:
             reference = self._by_config.get(lease.config)
             if reference is None or reference.engine.is_closed:
                 return None
-            reference.users.add(lease)
+            reference.add(lease)
             return reference.engine
 
     def _drop_unused(self, wanted: EngineConfig) -> None:
@@ -202,8 +229,26 @@ class _References:
             del self._by_config[lease.config]
         reference.engine.close(drain=drain, timeout=timeout)
 
+    def release_unused(self, config: EngineConfig) -> None:
+        """Close the engine of `config` if nobody uses it and nobody wanted it kept."""
+        with self._lock:
+            reference = self._by_config.get(config)
+            if reference is None or reference.is_kept or len(reference.users) > 0:
+                return
+            del self._by_config[config]
+        reference.engine.close()
+
 
 _REFERENCES = _References()
+
+
+def _release_soon(config: EngineConfig) -> None:
+    """Called while a lease is collected, in any thread and with any lock held: close elsewhere."""
+    thread = threading.Thread(
+        target=_REFERENCES.release_unused, args=(config,), name="engine-release", daemon=True
+    )
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and everything goes
+        thread.start()
 
 
 def _model_of(config: EngineConfig) -> tuple[str, str | None, str]:
@@ -218,13 +263,17 @@ def _non_default_options(config: EngineConfig) -> dict[str, Any]:
 
 
 def lease_for(
-    model: str | None, options: Mapping[str, Any] | None, engine: Engine | None
+    model: str | None,
+    options: Mapping[str, Any] | None,
+    engine: Engine | None,
+    *,
+    keep_loaded: bool = True,
 ) -> EngineLease:
-    """The lease of a connector object from its three fields.
+    """The lease of a connector object from its fields.
 
     Raises:
-        ConfigError: Neither a model nor an engine is given, `engine` comes with options or with
-            another model's name, or an option is unknown or bad.
+        ConfigError: Neither a model nor an engine is given, `engine` comes with options, with
+            another model's name or without `keep_loaded`, or an option is unknown or bad.
     """
     if engine is None:
         if not model:
@@ -233,7 +282,13 @@ def lease_for(
                 "engine=<an Engine you made>."
             )
             raise ConfigError(msg)
-        return EngineLease(model, options)
+        return EngineLease(model, options, keep_loaded=keep_loaded)
+    if not keep_loaded:
+        msg = (
+            "keep_loaded=False cannot be applied to engine=…: whoever made it closes it. Pass "
+            "model= instead, or leave keep_loaded out."
+        )
+        raise ConfigError(msg)
     if options:
         msg = (
             f"engine_kwargs={dict(options)!r} cannot be applied to engine=…, which is running "

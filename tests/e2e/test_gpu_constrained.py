@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from constrained_answers import CONSTRAINTS, SCHEMA, VARIATIONS, check
@@ -74,6 +75,30 @@ def test_jumps_and_neighbours_change_no_answer(engine: Engine) -> None:
     assert [output.outputs[0].token_ids for output in stepped] == held_alone
     mixed = engine.generate([*prompts, *prompts], [*held, *free])
     assert [output.outputs[0].token_ids for output in mixed] == [*held_alone, *free_alone]
+
+
+def test_text_without_masks_is_the_text_under_masks(engine: Engine) -> None:
+    """Log probabilities rule guesses out; every kind of draw that allows them is compared."""
+    note = {
+        "type": "object",
+        "properties": {
+            "note": {"type": "string", "minLength": 25},
+            "kind": {"enum": ["small", "large"]},
+            "rest": {"type": "string", "maxLength": 12},
+        },
+        "required": ["note", "kind", "rest"],
+        "additionalProperties": False,
+    }
+    params = [
+        SamplingParams(json_schema=note, max_tokens=110, seed=i, temperature=(0.0, 1.0, 0.6)[i % 3])
+        for i in range(30)
+    ]
+    prompts = [[3 + i, 9, 8] for i in range(30)]
+    guessed = engine.generate(prompts, params)
+    masked = engine.generate(prompts, [one.replace(logprobs=0) for one in params])
+    for one, other in zip(guessed, masked, strict=True):
+        jsonschema.validate(json.loads(one.outputs[0].text), note)
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
 
 
 def test_masks_of_captured_steps_are_those_of_eager_ones(engine: Engine, tiny_llama: Path) -> None:

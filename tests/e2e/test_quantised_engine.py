@@ -74,6 +74,24 @@ def test_too_large_a_model_is_refused_by_what_weights_and_cache_take(
 @pytest.mark.skipif(
     not has_quick_products(torch.bfloat16), reason="no quick products for quantised weights here"
 )
+def test_the_room_in_which_prompts_expand_a_weight_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for all layers, as large as gate and up: 2 bytes a number, and half a byte of codes."""
+    folder, _ = quantised(tmp_path / "m")
+    sizes = {"num_kv_blocks": 4, "block_size": 16, "max_model_len": 40}
+    with Engine(str(folder), device="cpu", **sizes) as engine:
+        needed = engine.stats().weight_bytes + 4 * 16 * 2 * 2 * 2 * 32 * 2 + 2 * 256 * 128 * 5 // 2
+    monkeypatch.setattr(MEMORY, lambda: needed)
+    Engine(str(folder), device="cpu", **sizes).close()
+    monkeypatch.setattr(MEMORY, lambda: needed - 1)
+    with pytest.raises(CapacityError):
+        Engine(str(folder), device="cpu", **sizes)
+
+
+@pytest.mark.skipif(
+    not has_quick_products(torch.bfloat16), reason="no quick products for quantised weights here"
+)
 def test_where_memory_is_short_weights_stay_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

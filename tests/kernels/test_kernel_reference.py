@@ -382,6 +382,8 @@ def test_quantised_linear_is_the_product_with_the_expanded_weight() -> None:
     torch.testing.assert_close(got, F.linear(x, codes.expand(), bias), rtol=0, atol=1e-2)
     out = torch.empty(5, 24)
     assert quantised_reference.quantised_linear(x, planes, bias, out) is out
+    gated = quantised_reference.quantised_linear(x, planes, bias, activation="silu")
+    assert torch.equal(gated, reference.act_mul(got, "silu"))
     assert torch.equal(out, got)
 
 

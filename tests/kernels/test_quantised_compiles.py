@@ -5,8 +5,10 @@ As in `test_triton_compiles.py`: what runs is proven elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -20,8 +22,18 @@ import triton
 from quantised_cases import KINDS, CodeKind, random_codes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from engine.kernels import quantised_bytes, quantised_expand, quantised_product, quantised_vector
+from engine.kernels import (
+    quantised_bytes,
+    quantised_expand,
+    quantised_hopper,
+    quantised_linear,
+    quantised_one_row,
+    quantised_product,
+    quantised_vector,
+)
 from engine.layers.quantised_packing import pack_codes
 
 TYPES = {
@@ -47,6 +59,7 @@ def compiled(kernel: Any, kind: CodeKind | None, constants: dict[str, Any], **ty
     options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
     names = kernel.jit.arg_names
     pointers = {**POINTERS, **types}
+    gluon = kernel.jit.is_gluon()
     if kind is not None:
         planes = pack_codes(random_codes(kind, 16, 384))
         for name in ("main", "extra", "scales", "minima", "table"):
@@ -55,16 +68,9 @@ def compiled(kernel: Any, kind: CodeKind | None, constants: dict[str, Any], **ty
                 constants[f"{name}_ptr"] = None
             else:
                 pointers[f"{name}_ptr"] = TYPES[part.dtype]
-        constants |= {
-            "GROUP": planes.group,
-            "SUB": planes.strips_per_scale,
-            "MAIN_BITS": planes.main_bits,
-            "EXTRA": planes.bits - planes.main_bits,
-            "EXPONENT_BITS": planes.exponent_bits,
-            "ZERO": planes.zero,
-            "HAS_MINIMA": planes.minima is not None,
-            "HAS_TABLE": planes.table is not None,
-        }
+        if gluon and planes.table_words is not None:
+            pointers["table_ptr"] = "*i32"
+        constants |= planes.constants
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {
         name: "constexpr"
@@ -72,14 +78,14 @@ def compiled(kernel: Any, kind: CodeKind | None, constants: dict[str, Any], **ty
         else pointers.get(name, "fp32" if name == "factor" else "i32")
         for name in names
     }
-    multiples = ("num_inner", "num_cols", "num_bytes")
+    multiples = ("num_inner", "num_cols", "num_out", "num_bytes")
     aligned = [
         index
         for index, name in enumerate(names)
         if name not in constants
         and (name.endswith("_ptr") or name.startswith("stride_") or name in multiples)
     ]
-    source = ASTSource(
+    source = (GluonASTSource if gluon else ASTSource)(
         fn=kernel.jit,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -146,3 +152,88 @@ def test_the_others_compile() -> None:
         {"bias_ptr": None, "HAS_BIAS": False, "BLOCK": 2048},
         scales_ptr="*fp32",
     )
+
+
+BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "gptq-128", "mxfp4", "nf4-64", "q6_k"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_product_of_one_row_exchanges_nothing_but_its_sums(
+    name: str, activation: str | None
+) -> None:
+    constants = {"bias_ptr": None, "HAS_BIAS": False, "EVEN_K": True, "EVEN_N": True}
+    kernel = compiled(
+        quantised_one_row._one_row_kernel,
+        BY_NAME[name],
+        {**constants, "ACTIVATION": activation, "BLOCK_N": 8, "NUM_WARPS": 2, "num_warps": 2},
+    )
+    ptx = kernel.asm["ptx"]
+    loop, sums = ptx[: ptx.index("shfl")], ptx[ptx.index("shfl") :]
+    assert "shared" not in re.sub(r"\.extern .*|\.shared .*", "", loop)
+    assert "bar.sync" in sums, "between the warps"
+    assert len(re.findall(r"fma\.rn\.f32", loop)) >= 256
+    # Words of eight rows in loads of 16 bytes; q6_k has its upper bits in words half as long.
+    assert len(re.findall(r"ld\.global\.v4\.b32", loop)) >= 8
+    assert ptx.count("ld.local") == 0, "no spilled registers"
+
+
+def of_hopper(kind: CodeKind, block_m: int, block_n: int, num_warps: int) -> Any:
+    planes = pack_codes(random_codes(kind, 16, 384))
+    boxes = {"x_desc": f"tensordesc<bf16[{block_m}, 128],{gl.NVMMASharedLayout(128, 16, 2)!r}>"}
+    constants = {
+        "bias_ptr": None,
+        "HAS_BIAS": False,
+        "IS_SPLIT": True,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "STAGES": 3,
+        "NUM_WARPS": num_warps,
+        "num_warps": num_warps,
+    }
+    for name, plane in (("main_desc", planes.main), ("extra_desc", planes.extra)):
+        if plane is None:
+            constants[name] = None
+        else:
+            layout = quantised_hopper._words(plane, block_n).layout
+            shape = [block_n, plane.shape[2]]
+            boxes[name] = f"tensordesc<{TYPES[plane.dtype][1:]}{shape},{layout!r}>"
+    return compiled(quantised_hopper._hopper_kernel, kind, constants, **boxes)
+
+
+@pytest.mark.parametrize(
+    ("name", "block_m", "block_n", "num_warps"),
+    [("q4_0", 64, 128, 8), ("q6_k", 16, 64, 4), ("nf4-64", 128, 128, 8), ("fp8-row", 256, 128, 8)],
+)
+def test_hopper_unpacks_a_bundle_while_it_multiplies_another(
+    name: str, block_m: int, block_n: int, num_warps: int
+) -> None:
+    asm = of_hopper(BY_NAME[name], block_m, block_n, num_warps).asm
+    assert asm["ptx"].count("ld.local") == 0, "no spilled registers"
+    found = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|F2FP", asm["sass"])
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(found)]
+    products = [index for index, (kind, _) in enumerate(runs) if kind == "HGMMA"]
+    # Two bundles of eight strips, each followed by (nearly) all of the other's 32 roundings of two
+    # weights, and only then by the wait: ptxas serialises what it does not understand.
+    assert [runs[index][1] for index in products] == [8, 8]
+    for index in products:
+        assert runs[index + 1][0] == "F2FP"
+        assert runs[index + 1][1] >= 28
+        assert runs[index + 2][0] == "WARPGROUP.DEPBAR"
+
+
+def test_another_gluon_leaves_the_portable_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantised_linear.gluon_kernels.cache_clear()
+    found = quantised_linear.gluon_kernels()
+    assert found is not None
+    assert found.hopper is quantised_hopper
+    quantised_linear.gluon_kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "engine.kernels.quantised_one_row", None)
+    try:
+        assert quantised_linear.gluon_kernels() is None
+        assert quantised_linear.gluon_kernels() is None
+        assert len(caplog.records) == 1
+    finally:
+        quantised_linear.gluon_kernels.cache_clear()

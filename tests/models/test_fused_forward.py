@@ -8,6 +8,8 @@ from kernel_cases import metadata_on
 from model_driver import build_metadata
 from model_zoo import FAMILIES, config_dict, hf_model
 
+from engine.layers.attention import Attention
+from engine.layers.linear import Linear
 from engine.models.decoder import Decoder, can_fuse
 from engine.models.registry import decoder_config
 
@@ -38,6 +40,11 @@ def decoder_of(family: str) -> Decoder:
     decoder = Decoder(config, torch.device("cpu"), torch.float32)
     for name, weight in decoder.named_weights():
         weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    for layer in decoder.layers:
+        attention = layer.attention
+        if isinstance(attention, Attention) and attention.qk_norm == "unweighted":
+            for norm in (attention.q_norm, attention.k_norm):
+                norm.weight.fill_(1.0)  # loading does, no checkpoint has them
     return decoder
 
 
@@ -67,6 +74,38 @@ def test_fused_forward_is_the_plain_one(family: str) -> None:
         got, got_caches = run(decoder, forward)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got_caches, want_caches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_that_add_to_the_residual_stream(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """As on a GPU, in float32 on the CPU: the library's product adds to what is there."""
+    decoder = decoder_of(family)
+    want, want_caches = run(decoder, "forward")
+    added: list[int] = []
+    accumulate = Linear.accumulate
+
+    def counted(linear: Linear, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        added.append(x.shape[0])
+        accumulate(linear, hidden, x)
+
+    monkeypatch.setattr(Linear, "accumulate", counted)
+    for layer in decoder.layers:
+        for half in (layer.attention, layer.mlp):
+            for part in vars(half).values():
+                if isinstance(part, Linear):
+                    part.uses_plain_product = True
+    got, got_caches = run(decoder, "forward")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got_caches, want_caches, rtol=1e-4, atol=1e-4)
+    if family.split("-")[0] in FUSED:
+        config = decoder.config
+        gated = [experts is None for experts in config.experts]
+        want_attentions = 0 if config.output_bias else len(gated)
+        assert len(added) == want_attentions + (0 if config.mlp_bias else sum(gated))
+    elif decoder.config.norm_places != "before" or decoder.config.residual_scale != 1.0:
+        assert not added
 
 
 @pytest.mark.gpu

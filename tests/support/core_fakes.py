@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
@@ -145,6 +146,7 @@ class FakeDevice:
                 self._history[row] = list(ids)
             assert self._owner[row] is seq, "a row changed hands without being new"
             history = self._history[row]
+            self.note_inputs(row, ids)
             for position, token_id in enumerate(ids):
                 if position == len(history):
                     history.append(token_id)
@@ -164,9 +166,16 @@ class FakeDevice:
             if batch.is_sampling[index]:
                 history = self._history[row]
                 assert len(history) == end, "sampled before all known tokens were computed"
-                token_ids[index] = next_token(self._owner[row], history)
+                token_ids[index] = self.next_token(batch, row, history)
                 history.append(int(token_ids[index]))
         return batch, token_ids
+
+    def next_token(self, batch: ScheduledBatch, row: int, history: list[int]) -> int:
+        """What the model says."""
+        return next_token(self._owner[row], history)
+
+    def note_inputs(self, row: int, ids: list[int]) -> None:
+        """A step is about to run with these inputs of `row`, from its first token on."""
 
     def drop_oldest(self) -> None:
         """The oldest launched step fails: it writes nothing."""
@@ -222,10 +231,18 @@ class Harness:
         self.aborted: set[Sequence] = set()
         self.first_scheduled: list[Sequence] = []
         self.completed: list[CompletedStep] = []
-        self.num_drains = 0
+        self.num_drains = self.num_settled = 0
+        # Otherwise `complete` does it.
+        self.settles_early = True
 
-    def submit(self, prompt: list[int], **options: object) -> Request:
+    def submit(
+        self,
+        prompt: list[int],
+        prepare: Callable[[Request], None] = lambda request: None,
+        **options: object,
+    ) -> Request:
         request = make_request(self.scheduler, prompt, **options)
+        prepare(request)
         for seq in request.sequences:
             self.scheduler.add(seq)
             self.submitted.append(seq)
@@ -243,6 +260,8 @@ class Harness:
     def launch(self) -> ScheduledBatch | None:
         """One `schedule`, launched."""
         batch = self.scheduler.schedule()
+        if batch is None and self.settle():
+            batch = self.scheduler.schedule()
         if batch is None:
             assert self.num_in_flight or not self.scheduler.has_unfinished, "nobody can ever run"
             if self.scheduler.must_drain:
@@ -260,12 +279,24 @@ class Harness:
     def collect(self) -> CompletedStep:
         """Run the oldest launched step and complete it."""
         batch, token_ids = self.device.run_oldest()
+        has_others = self.scheduler.num_postponed > 0
         done = self.scheduler.complete(batch, token_ids)
         self.num_in_flight -= 1
-        for seq, row in done.finished:
+        assert has_others or {row for _, row in done.finished} <= set(batch.rows.tolist())
+        return self._took_in(done)
+
+    def settle(self) -> int:
+        """Look at what `complete` has left; the number of tokens."""
+        count = self.scheduler.num_postponed
+        if count:
+            self._took_in(self.scheduler.settle())
+        self.num_settled += count
+        return count
+
+    def _took_in(self, done: CompletedStep) -> CompletedStep:
+        for seq, _row in done.finished:
             assert seq.status is SequenceStatus.FINISHED
             assert seq.row == -1
-            assert row in batch.rows
             self.ended.append(seq)
         self.completed.append(done)
         self.check_blocks()
@@ -276,6 +307,8 @@ class Harness:
         while self.num_in_flight < self.steps_in_flight:
             if self.launch() is None:
                 break
+        if self.settles_early:
+            self.settle()
         if self.num_in_flight:
             self.collect()
 

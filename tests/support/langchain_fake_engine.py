@@ -275,6 +275,40 @@ class FakeEngine:
             self._condition.notify_all()
 
 
+class FakeShared:
+    """`Engine.shared` over fakes: counts loads and references."""
+
+    def __init__(self):
+        self.loads = []
+        self.references = {}
+        self.load_s = 0.0
+        self.error = None
+        self.lock = threading.Lock()
+
+    def shared(self, model, **options):
+        with self.lock:
+            if self.error is not None:
+                raise self.error
+            config = EngineConfig.from_kwargs(model=model, **options)
+            loaded = self.references.get(config)
+            if loaded is None or loaded[0].is_closed:
+                time.sleep(self.load_s)
+                self.loads.append(config)
+                fake = FakeEngine(model, **options)
+                close = fake.close
+
+                def give_back(**how):
+                    loaded = self.references[config]
+                    loaded[1] -= 1
+                    if loaded[1] == 0:
+                        close(**how)
+
+                fake.close = give_back
+                self.references[config] = loaded = [fake, 0]
+            loaded[1] += 1
+            return loaded[0]
+
+
 async def beat(heartbeats, interval_s=0.001):
     """Append the time again and again, for tests that ask whether the loop was blocked."""
     while True:

@@ -54,7 +54,7 @@ def run_steps(ahead: LaunchAhead, clock: Clock, step_s: float, num_steps: int = 
     while noted < num_steps:
         while len(ends) < ahead.depth:
             ends.append(max(clock.now_s, ends[-1] if ends else 0.0) + step_s)
-        ahead.wait(Step(clock, ends[0]))
+        ahead.wait(Step(clock, ends[0]), len(ends))
         done = sum(end <= clock.now_s for end in ends)
         ends = ends[done:]
         ahead.note_done(done, is_queue_empty=not ends)
@@ -65,7 +65,7 @@ def run_steps(ahead: LaunchAhead, clock: Clock, step_s: float, num_steps: int = 
 def test_a_cpu_has_one_step(clock: Clock) -> None:
     ahead = LaunchAhead(1)
     assert ahead.depth == 1
-    ahead.wait(Step(clock, 0.0))
+    ahead.wait(Step(clock, 0.0), 1)
     assert not clock.sleeps
 
 
@@ -102,6 +102,39 @@ def test_late_wake_ups_are_not_taken_for_long_steps(clock: Clock) -> None:
     assert run_steps(ahead, clock, 0.5e-3) > 0.9
 
 
+def test_beside_a_busy_thread_it_comes_back_seldom_and_the_device_stays_busy(clock: Clock) -> None:
+    ahead = LaunchAhead(16)
+    clock.late_s = 5e-3
+    run_steps(ahead, clock, 1.6e-3)
+    clock.sleeps.clear()
+    started_s = clock.now_s
+    assert run_steps(ahead, clock, 1.6e-3) > 0.95
+    assert len(clock.sleeps) < (clock.now_s - started_s) / 9e-3, "its turn and another"
+    assert max(clock.sleeps) == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("late_s", [50e-6, 1e-3, 20e-3, 50e-3])
+def test_it_does_not_rest_alone_or_where_the_queue_is_too_short(
+    clock: Clock, late_s: float
+) -> None:
+    ahead = LaunchAhead(16)
+    clock.late_s = late_s
+    run_steps(ahead, clock, 1.6e-3)
+    clock.sleeps.clear()
+    run_steps(ahead, clock, 1.6e-3)
+    assert max(clock.sleeps) <= 2e-3
+
+
+def test_it_does_not_rest_when_nothing_else_is_queued(clock: Clock) -> None:
+    ahead = LaunchAhead(16)
+    clock.late_s = 5e-3
+    run_steps(ahead, clock, 1.6e-3)
+    ahead.begin()
+    clock.sleeps.clear()
+    ahead.wait(Step(clock, clock.now_s + 1.6e-3), 1)
+    assert max(clock.sleeps) <= 1.6e-3
+
+
 def test_the_queue_is_bounded(clock: Clock) -> None:
     ahead = LaunchAhead(16)
     clock.late_s = 50e-3
@@ -115,7 +148,7 @@ def test_it_sleeps_through_a_long_step_and_wakes_in_time(clock: Clock) -> None:
     clock.sleeps.clear()
     started_s = clock.now_s
     ahead.begin()
-    ahead.wait(Step(clock, started_s + 10e-3))
+    ahead.wait(Step(clock, started_s + 10e-3), 1)
     assert clock.now_s - started_s < 10.3e-3
     assert len(clock.sleeps) < 15
 
@@ -123,5 +156,5 @@ def test_it_sleeps_through_a_long_step_and_wakes_in_time(clock: Clock) -> None:
 def test_it_gives_up_on_a_step_that_never_ends(clock: Clock) -> None:
     ahead = LaunchAhead(16)
     ahead.begin()
-    ahead.wait(Step(clock, clock.now_s + 1e9))
+    ahead.wait(Step(clock, clock.now_s + 1e9), 1)
     assert clock.now_s < 101.0

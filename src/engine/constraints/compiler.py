@@ -7,9 +7,11 @@ library and not another).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _CACHE_ENTRIES = 256
+_MOST_LEXERS = 8
+_ANSWERS_PER_LEXER = 4
+_LONGEST_COMPILATION_S = 0.02
+"""Constraints that take longer are not compiled again."""
 _LONGEST_WAY_TOKENS = 4096
 _KNOWN_FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
@@ -43,11 +49,16 @@ _WHITESPACE: dict[str, dict[str, Any]] = {
 class CompiledConstraint:
     """A constraint that can be enforced. Immutable; shared by all requests that ask for the same.
 
+    Copies of a matcher share its lexer, which knows the states that any of them has met, behind a
+    lock. So that masks of many answers can be made side by side, the constraint is compiled up to 8
+    times, once for every 4 answers that were asked for.
+
     Args:
         spec: What was asked for.
         matcher: At the start; copied for each answer.
         vocabulary: Of the model.
         search: Of the vocabulary.
+        compilation_s: What making `matcher` has taken.
     """
 
     def __init__(
@@ -56,9 +67,13 @@ class CompiledConstraint:
         matcher: LLMatcher,
         vocabulary: GrammarVocabulary,
         search: ClosingSearch,
+        compilation_s: float = 0.0,
     ) -> None:
         self.spec = spec
         self._matcher = matcher
+        self._matchers = [matcher]
+        self._most_lexers = _MOST_LEXERS if compilation_s < _LONGEST_COMPILATION_S else 1
+        self._start_numbers = itertools.count()
         self._vocabulary = vocabulary
         self._search = search
         self._way = search.find(matcher, _LONGEST_WAY_TOKENS)
@@ -97,14 +112,21 @@ class CompiledConstraint:
         way = self._way
         if way is None or len(way) > max_tokens:
             way = self._search.find(self._matcher, max_tokens)
+        lexer = next(self._start_numbers) // _ANSWERS_PER_LEXER % self._most_lexers
+        while lexer >= len(self._matchers):
+            # Two threads may both add one; there is then one more than need be.
+            self._matchers.append(_new_matcher(self.spec, self._vocabulary))
+        matcher = self._matchers[lexer]
         return SequenceConstraint(
-            self._matcher.deep_copy(),
+            matcher.deep_copy(),
             self._vocabulary,
             self._search,
             way,
             num_left=max_tokens,
             bars_early_end=params.ignore_eos,
             may_jump=_may_jump(params),
+            may_guess=_may_guess(params),
+            lexer=id(matcher),
         )
 
 
@@ -144,8 +166,10 @@ class ConstraintCompiler:
                 self._compiled.move_to_end(spec)
                 return found
         vocabulary, search = self._shared_parts()
+        started_s = time.perf_counter()
         matcher = _new_matcher(spec, vocabulary)
-        compiled = CompiledConstraint(spec, matcher, vocabulary, search)
+        taken_s = time.perf_counter() - started_s
+        compiled = CompiledConstraint(spec, matcher, vocabulary, search, taken_s)
         with self._compiled_lock:
             self._compiled[spec] = compiled
             if len(self._compiled) > _CACHE_ENTRIES:
@@ -175,6 +199,12 @@ def _may_jump(params: SamplingParams) -> bool:
         or params.stop_token_ids
         or params.logprobs is not None
     )
+
+
+def _may_guess(params: SamplingParams) -> bool:
+    """Whether an allowed token is the same with and without the mask: nothing is cut off first."""
+    is_whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0
+    return (is_whole or params.temperature == 0) and _may_jump(params)
 
 
 def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatcher:

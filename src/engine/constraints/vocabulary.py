@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 _LONGEST_PIECE = 32
 _KEPT_TEXTS = 4096
 _LONGEST_KEPT_BYTES = 256
+_PLAIN_BYTES = bytes(
+    byte for byte in range(256) if byte >= 0x80 or chr(byte).isalnum() or chr(byte) in " .,'-"
+)
+_PROBES = (re.compile(rb"[a-z]{1,6}"), re.compile(rb" [a-z]{0,5}"))
 
 
 class GrammarVocabulary:
@@ -35,6 +40,10 @@ class GrammarVocabulary:
         num_mask_words: int32 words of one packed mask, V / 32 rounded up.
         eos_token_ids: Sorted; not empty.
         pieces: Bytes of each id; empty where the tokenizer has none.
+        text_probes: Lists of one id each, words of up to 6 letters, one behind a space. Where both
+            may come next an answer is in free text, with room for most tokens. Shorter words cost
+            more tokens that are taken back at the end of bounded strings, longer ones more masks.
+        is_plain: [V] bool, tokens behind which free text very likely goes on.
 
     Raises:
         ConstraintError: Tokens of this tokenizer do not stand for fixed bytes, or nothing ends an
@@ -69,6 +78,18 @@ class GrammarVocabulary:
             eos_token=known_eos,
         )
         self.pieces = pieces
+        found = [
+            max(filter(None, map(pattern.fullmatch, pieces)), key=lambda m: len(m[0]), default=None)
+            for pattern in _PROBES
+        ]
+        special = set(tokenizer.special_token_ids)
+        self.is_plain = np.array(
+            [
+                bool(piece) and not piece.strip(_PLAIN_BYTES) and token_id not in special
+                for token_id, piece in enumerate(pieces)
+            ]
+        )
+        self.text_probes = [[pieces.index(match[0])] for match in found if match]
 
     def allowed_ids(self, mask: np.ndarray) -> np.ndarray:
         """Ids whose bit is set in a packed mask [num_mask_words] int32, rising."""

@@ -10,14 +10,34 @@ from engine.core.request import Sequence
 from engine.core.sampled_tokens import SampledTokens
 from engine.core.state import BoolArray, IndexArray, SequenceTable
 
+_MISSING_SHARE = 8
+"""A step ahead is not worth while where one in this many sequences would miss it."""
+
+
+def waits_for_masks(table: SequenceTable, running: IndexArray, rows: IndexArray) -> bool:
+    """Whether a step of `rows` had better wait for the one in flight.
+
+    Every sequence whose mask depends on the step in flight would miss this one. Where all rows are
+    constrained, and not only a few of them miss it, more steps would be run than time is saved.
+
+    Args:
+        table: Has the sequences.
+        running: [running] state indices.
+        rows: [R] of these, who could take part.
+    """
+    if not table.num_constrained or not table.is_constrained[rows].all():
+        return False
+    num_missing = len(running) - len(rows)
+    return num_missing * _MISSING_SHARE >= len(running)
+
 
 def accept_tokens(
     table: SequenceTable, rows: IndexArray, token_ids: npt.NDArray[np.int64], samples: BoolArray
 ) -> BoolArray:
-    """Show each constraint its sequence's new token; those that leave no room are taken back.
+    """Show each constraint its sequence's new token; those that it refuses are taken back.
 
     A sequence whose token was taken back is as it was before the step: the next one computes its
-    last token again and samples another.
+    last token again and samples another. What later steps have sampled for it is dropped.
 
     Args:
         table: Changed in place for tokens taken back.
@@ -42,14 +62,17 @@ def accept_tokens(
         if token_id < 0 or constraint.accept(token_id, left):
             continue
         kept[index] = False
-        for counts in (table.num_tokens, table.num_in_flight, table.num_computed_tokens):
-            counts[row] -= 1
-        table.note_tokens_changed(row)
+        table.guesses[row] = False
+        num_known = int(table.num_tokens[row] - table.num_in_flight[row])
+        table.drop_in_flight(row, num_known - 1)
     return kept
 
 
 def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedStep) -> None:
     """Append what must follow the new tokens, and end those whose constraint is complete.
+
+    Where tokens are forced, what later steps have sampled in their place is dropped. Where none are
+    and the next token needs a mask again, that which is sampled without one may do all the same.
 
     Args:
         table: Gets the forced tokens, as if they had been sampled.
@@ -69,9 +92,13 @@ def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedS
             done.failed.append(seq)
             continue
         if not sampled.is_finished[index]:
-            start, limit = int(table.num_tokens[row]), int(table.max_total_tokens[row])
+            limit = int(table.max_total_tokens[row])
+            start = int(table.num_tokens[row] - table.num_in_flight[row])
             forced = constraint.take_forced(limit - start)
+            table.guesses[row] = constraint.guesses
             if forced:
+                if table.num_in_flight[row]:
+                    table.drop_in_flight(row, start)
                 end = start + len(forced)
                 table.token_ids[row, start:end] = forced
                 table.num_tokens[row] = end

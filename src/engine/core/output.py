@@ -15,10 +15,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.core.batch import ScheduledBatch, StepOutput, TokenLogprobArrays
+import numpy as np
+
+from engine.core.batch import CompletedStep, ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.pieces import pieces
 from engine.core.request import Request, Sequence, SequenceStatus
 from engine.core.stream_pacing import StreamPacing
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from engine.core.scheduler import Scheduler
     from engine.stats import Counters
     from engine.text.tokenizer import Tokenizer
+
+_NOTHING = StepOutput(np.empty(0, np.int64))
+"""Sequences that are watched are never postponed."""
 
 
 @dataclass(slots=True)
@@ -70,7 +75,7 @@ class _Open:
     handle: RequestSink
     answers: list[_Answer]
     is_streamed: bool = False
-    deltas: list[Delta] = field(default_factory=list)
+    deltas: list[Delta] | tuple[()] = ()  # a list once there are any
 
 
 class OutputProcessor:
@@ -107,7 +112,7 @@ class OutputProcessor:
         self._serve_streams()
         for entry in self._touched.values():
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
-            entry.deltas = []
+            entry.deltas = ()
         self._touched.clear()
         wakeups, self._wakeups = self._wakeups, []
         return wakeups
@@ -166,7 +171,7 @@ class OutputProcessor:
                 continue
             self._touched.pop(entry.request, None)
             self._wakeups += entry.handle.publish(deltas=entry.deltas)
-            entry.deltas = []
+            entry.deltas = ()
             since_s = self._pacing.spend(since_s)
             if not self._pacing.may_go_on:
                 break
@@ -240,6 +245,21 @@ class OutputProcessor:
         completed = self._scheduler.complete(batch, output.token_ids)
         for seq in without_token:
             self._fail(seq.request, _no_token(seq))
+        return self._take_in(completed, output, now_s)
+
+    def settle(self) -> int:
+        """Look at the tokens that `process` has left, see `Scheduler.settle`.
+
+        Returns:
+            How many there were, those included that have been taken back.
+        """
+        num_postponed = self._scheduler.num_postponed
+        if num_postponed:
+            self._take_in(self._scheduler.settle(), _NOTHING, time.monotonic())
+        return num_postponed
+
+    def _take_in(self, completed: CompletedStep, output: StepOutput, now_s: float) -> int:
+        """Texts, ends and errors of what was completed; the number of new tokens."""
         for seq in completed.failed:
             self._fail(seq.request, _constraint_failed(seq))
         for seq in completed.first_tokens:
@@ -367,16 +387,15 @@ class OutputProcessor:
             answer.num_sent_logprobs = len(answer.logprobs)
         answer.num_sent_chars = len(answer.text)
         answer.num_sent_tokens += len(new_ids)
-        entry.deltas.append(
-            Delta(
-                index=answer.seq.index,
-                text=text,
-                token_ids=new_ids,
-                finish_reason=answer.seq.finish_reason if is_last else None,
-                stop_reason=answer.seq.stop_reason if is_last else None,
-                logprobs=logprobs,
-            )
+        delta = Delta(
+            index=answer.seq.index,
+            text=text,
+            token_ids=new_ids,
+            finish_reason=answer.seq.finish_reason if is_last else None,
+            stop_reason=answer.seq.stop_reason if is_last else None,
+            logprobs=logprobs,
         )
+        entry.deltas = [*entry.deltas, delta]
 
     def _finish_request(self, entry: _Open) -> None:
         """Answer the handle once every answer of the request has ended."""

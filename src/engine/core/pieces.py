@@ -30,6 +30,14 @@ def joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def appended(array: npt.NDArray[Any], values: list[int]) -> npt.NDArray[Any]:
+    """`array` with `values` behind it, new, with the GIL kept."""
+    tail = np.array(values, dtype=array.dtype)
+    return np.concatenate(
+        [*(array[one] for one in pieces(len(array))), *(tail[one] for one in pieces(len(tail)))]
+    )
+
+
 def gathered(array: npt.NDArray[Any], indices: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
     """`array[indices]`, new, with the GIL kept."""
     if len(indices) <= MAX_PIECE:

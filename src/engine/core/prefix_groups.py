@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 from engine.core.batch import Int32Array, PrefixGroup
-from engine.core.pieces import gathered
+from engine.core.pieces import gathered, joined, pieces
 from engine.core.state import IndexArray, SequenceTable
 
 MAX_GROUPS = 16
@@ -57,16 +57,20 @@ class PrefixGroups:
         return self._groups
 
     def _find(self, rows: IndexArray, num_computed_tokens: Int32Array) -> list[PrefixGroup]:
-        num_full = num_computed_tokens // self._block_size
-        candidates = np.flatnonzero(num_full >= MIN_BLOCKS)
+        # In pieces, which keep the GIL: a full house asks whenever somebody ends.
+        parts = pieces(len(rows))
+        num_full = joined([num_computed_tokens[one] // self._block_size for one in parts])
+        candidates = joined(
+            [np.flatnonzero(num_full[one] >= MIN_BLOCKS) + one.start for one in parts]
+        )
         if len(candidates) < MIN_MEMBERS:
             return []
-        keys = self._table.block_table[:, MIN_BLOCKS - 1][rows[candidates]]
+        keys = gathered(self._table.block_table[:, MIN_BLOCKS - 1], gathered(rows, candidates))
         groups = []
         for key, count in Counter(keys.tolist()).items():
             if count < MIN_MEMBERS:
                 continue
-            members = candidates[keys == key]
+            members = joined([candidates[one][keys[one] == key] for one in pieces(len(keys))])
             num_blocks = self._common_blocks(rows[members], int(num_full[members].min()))
             if num_blocks >= MIN_BLOCKS:
                 groups.append(PrefixGroup(members.astype(np.int32), num_blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ class Request:
     prompt: str | None = None
     priority: int = 0
     cache_salt: str | None = None
-    bad_words_ids: list[list[int]] = field(default_factory=list)
+    bad_words_ids: abc.Sequence[list[int]] = ()
     constraint: CompiledConstraint | None = None
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None

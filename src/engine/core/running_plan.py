@@ -71,7 +71,8 @@ def _plan_piece(
     # A sequence's last token needs no KV: it only waits for results in flight.
     counts[num_tokens >= table.max_total_tokens[rows]] = 0
     if table.num_host_synced:
-        counts[table.needs_host_sync[rows] & (table.num_in_flight[rows] > 0)] = 0
+        waits = table.needs_host_sync[rows] & (table.num_in_flight[rows] > 0)
+        counts[waits & ~table.guesses[rows]] = 0
     total = int(counts.sum())
     if total > max_num_tokens:
         before = np.cumsum(counts, dtype=np.int32) - counts

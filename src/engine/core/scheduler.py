@@ -13,17 +13,18 @@ from collections import Counter, deque
 import numpy as np
 import numpy.typing as npt
 
+from engine.core.arrivals import Arrivals
 from engine.core.batch import BlockUpdate, CompletedStep, ScheduledBatch, SequenceRow
 from engine.core.batch_builder import NewRows, StepInFlight, build_batch
 from engine.core.block_tables import Admission, BlockTables
 from engine.core.capacity import CapacityLimits
-from engine.core.constrained import accept_tokens, append_forced
-from engine.core.pieces import gathered, joined, pieces
+from engine.core.constrained import waits_for_masks
+from engine.core.pieces import appended, gathered, joined, pieces
 from engine.core.preemption import fewest_victims, rank
 from engine.core.prefix_groups import PrefixGroups
 from engine.core.request import Sequence, SequenceStatus
 from engine.core.running_plan import RunningPlan, plan_running
-from engine.core.sampled_tokens import SampledTokens, store_sampled
+from engine.core.sampled_tokens import SampledTokens
 from engine.core.scheduler_stats import SchedulerCounters, SchedulerStats
 from engine.core.state import Allocate, IndexArray, SequenceTable
 from engine.core.waiting_queue import WaitingQueue
@@ -77,6 +78,9 @@ class Scheduler:
             filled together; 0 fills every row at once. For devices where a step with a prompt in
             it costs much more than a pure decode, as on a GPU with captured decode steps.
         finds_prefix_groups: Tell the runner which decoding sequences share their leading blocks.
+        guesses_in_text: Let constrained sequences sample without a mask, and ahead of their own
+            output, where nearly every token is allowed. For devices that draw as
+            `SequenceConstraint` asks, and to which a step more of one sequence costs little.
         allocate: Makes the arrays of the sequence table, for instance in pinned memory.
     """
 
@@ -91,6 +95,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         coalesced_rows: int = 0,
         finds_prefix_groups: bool = False,
+        guesses_in_text: bool = False,
         allocate: Allocate = np.zeros,
     ) -> None:
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, allocate)
@@ -102,6 +107,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._headroom_blocks = self._pool.num_usable_blocks // _HEADROOM_SHARE
         self._coalesced_rows = coalesced_rows
+        self._arrivals = Arrivals(self.table, self.block_tables, postpones=guesses_in_text)
         self._prefix_groups = PrefixGroups(self.table, block_size) if finds_prefix_groups else None
         self._last_admission_step = 0
         self._waiting = WaitingQueue()
@@ -187,6 +193,7 @@ class Scheduler:
         self._next_arrival_index += 1
         if request.params.stop is not None or request.params.logprobs is not None:
             seq.wants_tokens = True
+        self._arrivals.note_new(seq)
         self._waiting.add(seq)
 
     def finish(
@@ -235,6 +242,8 @@ class Scheduler:
         """
         self.must_drain = False
         plan = self._plan_running()
+        if self._in_flight and waits_for_masks(self.table, self._running, plan.rows):
+            return None
         while True:
             victims = self._victims(plan)
             if not victims:
@@ -297,7 +306,7 @@ class Scheduler:
             self._waiting.remove(seq)
         if new.rows:
             self._last_admission_step = self._counts.steps
-            self._running = np.concatenate([self._running, np.array(new.rows, dtype=np.intp)])
+            self._running = appended(self._running, new.rows)
             self._counts.peak_running = max(self._counts.peak_running, self.num_running)
         return new
 
@@ -349,8 +358,7 @@ class Scheduler:
     ) -> ScheduledBatch:
         rows, counts = plan.rows, plan.counts
         if new.rows:
-            rows = np.concatenate([rows, np.array(new.rows, dtype=np.intp)])
-            counts = np.concatenate([counts, np.array(new.counts, dtype=np.int32)])
+            rows, counts = appended(rows, new.rows), appended(counts, new.counts)
         batch, rows = build_batch(
             self.table,
             rows,
@@ -416,38 +424,31 @@ class Scheduler:
     def complete(self, batch: ScheduledBatch, token_ids: npt.NDArray[np.int64]) -> CompletedStep:
         """Take in what the oldest step in flight has sampled, and end who is done.
 
+        Tokens that the next step does not depend on may be left for `settle`.
+
         Args:
             batch: The oldest one that is not complete.
             token_ids: [B] in the order of the batch; entries that do not sample are ignored.
         """
         step = self._in_flight.popleft()
         assert step.batch is batch, "steps must be completed in the order they were scheduled"
-        done = CompletedStep(step_id=batch.step_id)
-        for piece in pieces(len(step.rows)):
-            self._complete_piece(step, piece, token_ids[piece], done)
+        done = self.settle()
+        done.step_id = batch.step_id
+        for sampled in self._arrivals.take(step, token_ids, done):
+            done.finished += self._end_finished(sampled)
         return done
 
-    def _complete_piece(
-        self,
-        step: StepInFlight,
-        piece: slice,
-        token_ids: npt.NDArray[np.int64],
-        done: CompletedStep,
-    ) -> None:
-        batch, rows = step.batch, step.rows[piece]
-        is_live = self.table.epoch[rows] == step.epochs[piece]
-        samples = accept_tokens(self.table, rows, token_ids, batch.is_sampling[piece] & is_live)
-        sampled = store_sampled(self.table, rows[samples], token_ids[samples])
-        computed = batch.num_computed_tokens[piece] + batch.num_scheduled_tokens[piece]
-        self.block_tables.register_completed(rows[is_live], computed[is_live])
-        watched = sampled.rows[self.table.wants_tokens[sampled.rows]].tolist()
-        done.watched += [SequenceRow(self._owner(row), row) for row in watched]
-        first = sampled.rows[sampled.is_first].tolist()
-        done.first_tokens += [self._owner(row) for row in first]
-        done.num_new_tokens += len(sampled.rows)
-        append_forced(self.table, sampled, done)
-        if sampled.is_finished.any():
+    @property
+    def num_postponed(self) -> int:
+        """Tokens that `settle` would look at."""
+        return self._arrivals.num_postponed
+
+    def settle(self) -> CompletedStep:
+        """Look at the tokens that `complete` has left; best done while the device runs a step."""
+        done = CompletedStep(step_id=self._counts.steps)
+        for sampled in self._arrivals.settle(done):
             done.finished += self._end_finished(sampled)
+        return done
 
     def _end_finished(self, sampled: SampledTokens) -> list[SequenceRow]:
         ends = sampled.is_finished

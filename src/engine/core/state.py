@@ -50,12 +50,13 @@ class SequenceTable:
         stop_ids: [S, K] int32, padded with -1. Replaced by a wider array when a sequence brings
             more than K ids, so read the attribute anew for each step.
         num_stop_columns: Columns of `stop_ids` that any sequence so far has used.
-        epoch: [S] int64, counts how often the row was freed: a result launched under another
-            epoch belongs to a former owner.
+        epoch: [S] int64, counts how often the row was freed or what was in flight dropped: a result
+            launched under another epoch belongs to a former owner, or to nobody.
         wants_tokens: [S] bool, the host looks at every token.
         wants_logprobs: [S] bool, `params.logprobs` is set.
         needs_host_sync: [S] bool, see `Sequence`.
         is_constrained: [S] bool, the answer must satisfy a constraint.
+        guesses: [S] bool, its next token needs neither a mask nor the last one on the host.
         needs_prompt_logprobs: [S] bool, chunks of the prompt report log probabilities.
         sequences: Owner of each row, or None.
         num_wanting_logprobs: Rows with `wants_logprobs`. Counted, as the next three, so that a step
@@ -92,6 +93,7 @@ class SequenceTable:
         self.wants_logprobs: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.needs_host_sync: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.is_constrained: BoolArray = allocate((max_num_seqs,), np.bool_)
+        self.guesses: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.needs_prompt_logprobs: BoolArray = allocate((max_num_seqs,), np.bool_)
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self.num_wanting_logprobs = self.num_host_synced = self.num_reporting_prompts = 0
@@ -135,6 +137,7 @@ class SequenceTable:
         self.wants_logprobs[row] = params.logprobs is not None
         self.needs_host_sync[row] = seq.needs_host_sync
         self.is_constrained[row] = seq.constraint is not None
+        self.guesses[row] = False
         self.needs_prompt_logprobs[row] = reports_prompt_logprobs(seq)
         self._count_kinds(row, 1)
         self.sequences[row] = seq
@@ -171,6 +174,20 @@ class SequenceTable:
         first = int(self.num_prompt_tokens[row]) + start
         end = int(self.num_tokens[row] - self.num_in_flight[row])
         return self.token_ids[row, first:end].tolist()  # type: ignore[no-any-return]
+
+    def drop_in_flight(self, row: int, num_computed_tokens: int) -> None:
+        """What launched steps sample for the row does not count, and its newest token is known.
+
+        Args:
+            row: State index.
+            num_computed_tokens: Leading tokens whose KV is right, if that many are computed.
+        """
+        num_dropped = int(self.num_in_flight[row])
+        self.num_tokens[row] -= num_dropped
+        self.num_in_flight[row] = 0
+        self.num_computed_tokens[row] = min(int(self.num_computed_tokens[row]), num_computed_tokens)
+        self.epoch[row] += 1
+        self.note_tokens_changed(row)
 
     def note_tokens_changed(self, row: int) -> None:
         """The host has appended tokens to the row, or taken one back, of its own accord."""

@@ -433,13 +433,14 @@ def quantised_linear(
     out: torch.Tensor | None = None,
     *,
     batch_invariant: bool = False,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """`x @ w.T + bias` with codes; see `quantised_reference.quantised_linear`."""
-    if not x.is_cuda:
-        return cpu.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
-    from engine.kernels import quantised_linear as kernels
-
-    return kernels.quantised_linear(x, weight, bias, out, batch_invariant=batch_invariant)
+    """`x @ w.T + bias` with codes, gated on demand; see `quantised_reference.quantised_linear`."""
+    if x.is_cuda:
+        from engine.kernels.quantised_linear import quantised_linear as op
+    else:
+        op = cpu.quantised_linear
+    return op(x, weight, bias, out, batch_invariant=batch_invariant, activation=activation)
 
 
 def quantised_rows(

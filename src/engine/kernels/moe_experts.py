@@ -43,11 +43,10 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.errors import ConfigError
 from engine.kernels.act_mul import activate
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.moe_plan import TILE_ENTRY, plan_experts
-from engine.kernels.moe_reference import EXPERT_ACTIVATIONS
+from engine.kernels.moe_reference import check_activation
 
 
 @dataclass(frozen=True)
@@ -229,9 +228,7 @@ def moe_experts(
     swiglu_alpha: float = 1.0,
 ) -> torch.Tensor:
     """See `reference.moe_experts`. Nothing here waits for the device."""
-    if activation not in EXPERT_ACTIVATIONS:
-        msg = f"activation={activation!r} must be one of {', '.join(EXPERT_ACTIVATIONS)}."
-        raise ConfigError(msg)
+    check_activation(activation)
     if x.stride(1) != 1:
         x = x.contiguous()
     num_tokens, num_inner = x.shape

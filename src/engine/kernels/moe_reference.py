@@ -8,8 +8,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.errors import ConfigError
+
 SCORINGS = ("softmax", "sigmoid")
 EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+
+
+def check_activation(activation: str) -> None:
+    """Refuse an activation that experts do not have.
+
+    Raises:
+        ConfigError: With those that they have.
+    """
+    if activation not in EXPERT_ACTIVATIONS:
+        msg = f"activation={activation!r} must be one of {', '.join(EXPERT_ACTIVATIONS)}."
+        raise ConfigError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)

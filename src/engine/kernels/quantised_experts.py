@@ -36,21 +36,15 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.errors import ConfigError
 from engine.kernels.act_mul import act_mul
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.moe_experts import sum_choices
 from engine.kernels.moe_plan import TILE_ENTRY, ExpertPlan, plan_experts
-from engine.kernels.moe_reference import EXPERT_ACTIVATIONS
+from engine.kernels.moe_reference import check_activation
 from engine.kernels.quantised_layout import CodePlanes
+from engine.kernels.quantised_product import add_bundle
 from engine.kernels.quantised_tiles import ProductTiles, expert_product_tiles
-from engine.kernels.quantised_unpack import (
-    group_of,
-    growth_of,
-    load_words,
-    scale_and_minimum,
-    strip_weights,
-)
+from engine.kernels.quantised_unpack import growth_of
 
 _BLOCK = 1024
 
@@ -112,40 +106,31 @@ def _grouped_kernel(
         x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_x_row + word[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for bundle in tl.range(0, num_bundles, num_stages=NUM_STAGES):
-            main, second, extra = load_words(
-                main_ptr, extra_ptr, word_rows + bundle * 16, MAIN_BITS, EXTRA, EXPONENT_BITS
+            acc = add_bundle(
+                acc,
+                x_ptrs,
+                word,
+                word_rows,
+                stacked,
+                main_ptr,
+                extra_ptr,
+                scales_ptr,
+                minima_ptr,
+                table_ptr,
+                bundle,
+                num_rows_of_all,
+                num_inner,
+                num_groups,
+                GROUP,
+                SUB,
+                MAIN_BITS,
+                EXTRA,
+                EXPONENT_BITS,
+                ZERO,
+                HAS_MINIMA,
+                HAS_TABLE,
+                EVEN_K,
             )
-            for strip in tl.static_range(0, 8):
-                if strip % SUB == 0:
-                    group = group_of(bundle, strip, num_groups, GROUP).to(tl.int64)
-                    scale, minimum = scale_and_minimum(
-                        scales_ptr,
-                        minima_ptr,
-                        group * num_rows_of_all + stacked,
-                        ZERO,
-                        HAS_MINIMA,
-                    )
-                k = bundle * 128 + strip * 16
-                if EVEN_K:
-                    x = tl.load(x_ptrs + k)
-                else:
-                    x = tl.load(x_ptrs + k, mask=(k + word < num_inner)[None, :], other=0.0)
-                weight = strip_weights(
-                    main,
-                    second,
-                    extra,
-                    table_ptr,
-                    scale[:, None],
-                    minimum[:, None],
-                    strip,
-                    MAIN_BITS,
-                    EXTRA,
-                    EXPONENT_BITS,
-                    HAS_TABLE,
-                )
-                if x.dtype == tl.float16:
-                    weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
-                acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
         if x_ptr.dtype.element_ty != tl.float16:
             factor *= growth_of(EXPONENT_BITS, HAS_TABLE)
         acc *= factor
@@ -191,11 +176,7 @@ def _grouped_product(
     num_inner = weight.shape[1]
     _grouped_kernel[(plan.tiles.shape[0], triton.cdiv(num_cols, tiles.block_n))](
         x,
-        weight.main,
-        weight.extra,
-        weight.scales,
-        weight.minima,
-        weight.table,
+        *weight.planes,
         bias,
         weights,
         plan.order,
@@ -210,14 +191,7 @@ def _grouped_product(
         weight.factor,
         GATHERS=gathers,
         NUM_CHOSEN=num_chosen,
-        GROUP=weight.group,
-        SUB=weight.strips_per_scale,
-        MAIN_BITS=weight.main_bits,
-        EXTRA=weight.bits - weight.main_bits,
-        EXPONENT_BITS=weight.exponent_bits,
-        ZERO=weight.zero,
-        HAS_MINIMA=weight.minima is not None,
-        HAS_TABLE=weight.table is not None,
+        **weight.constants,
         EVEN_K=num_inner % 128 == 0,
         TILE_ENTRY=TILE_ENTRY,
         BLOCK_M=tiles.block_m,
@@ -243,9 +217,7 @@ def quantised_experts(
     swiglu_alpha: float = 1.0,
 ) -> torch.Tensor:
     """See `quantised_reference.quantised_experts`. Nothing here waits for the device."""
-    if activation not in EXPERT_ACTIVATIONS:
-        msg = f"activation={activation!r} must be one of {', '.join(EXPERT_ACTIVATIONS)}."
-        raise ConfigError(msg)
+    check_activation(activation)
     if x.stride(1) != 1:
         x = x.contiguous()
     num_tokens, num_inner = x.shape

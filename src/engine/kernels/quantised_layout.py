@@ -24,6 +24,7 @@ Memory per weight: `bits` + 16 / group, and as much again with minima, in bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,9 @@ class CodePlanes:
         minima: Likewise, or None: a minimum is then `-zero * scale`.
         zero: The code of the value 0, where there are no minima.
         factor: Of all scales and minima.
-        table: [2 ** bits] float32, values of the codes; None for the codes themselves.
+        table: [2 ** bits] float32, values of the codes; None for the codes themselves. Those of 4
+            bits are numbers of float16.
+        table_words: [8] int32, a table of 4 bits as `quantised_lookup` reads it; else None.
         exponent_bits: Where codes are floats, sign first: 4 for e4m3, 2 for e2m1; else 0.
         columns: [K] int64, as in `QuantisedCodes`; None where they are in order.
         rounds_input: Whether rows of x may be rounded to 8 bits (W8A8).
@@ -70,6 +73,7 @@ class CodePlanes:
     zero: float
     factor: float
     table: torch.Tensor | None
+    table_words: torch.Tensor | None
     exponent_bits: int
     columns: torch.Tensor | None
     rounds_input: bool
@@ -98,6 +102,31 @@ class CodePlanes:
         has_row_scales = self.bits == 8 and self.group == 0 and self.minima is None
         is_centred = self.exponent_bits > 0 or (self.zero == 128 and self.table is None)
         return self.rounds_input and has_row_scales and is_centred and self.shape[0] % 16 == 0
+
+    @property
+    def planes(self) -> tuple[torch.Tensor | None, ...]:
+        """What all kernels read, in the order of their arguments."""
+        return self.main, self.extra, self.scales, self.minima, self.table
+
+    @property
+    def looked_up_planes(self) -> tuple[torch.Tensor | None, ...]:
+        """`planes` for kernels that read tables of 4 bits by `quantised_lookup`."""
+        table = self.table if self.table_words is None else self.table_words
+        return self.main, self.extra, self.scales, self.minima, table
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What all kernels are compiled for."""
+        return {
+            "GROUP": self.group,
+            "SUB": self.strips_per_scale,
+            "MAIN_BITS": self.main_bits,
+            "EXTRA": self.bits - self.main_bits,
+            "EXPONENT_BITS": self.exponent_bits,
+            "ZERO": self.zero,
+            "HAS_MINIMA": self.minima is not None,
+            "HAS_TABLE": self.table is not None,
+        }
 
     @property
     def device(self) -> torch.device:

@@ -43,6 +43,69 @@ from engine.kernels.quantised_unpack import (
 )
 
 
+@triton.jit
+def add_bundle(
+    acc,
+    x_ptrs,
+    word,
+    word_rows,
+    cols,
+    main_ptr,
+    extra_ptr,
+    scales_ptr,
+    minima_ptr,
+    table_ptr,
+    bundle,
+    num_cols,
+    num_inner,
+    num_groups,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
+    MAIN_BITS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """`acc` [BLOCK_N, BLOCK_M] and the products of a bundle of 128 columns, strip by strip.
+
+    `word` is [16], `word_rows` [BLOCK_N, 16] int64 are places of the first bundle's words, `cols`
+    [BLOCK_N] int64 the weight's rows in [0, num_cols), and `x_ptrs` [BLOCK_M, 16] of column 0.
+    """
+    places = word_rows + bundle * 16
+    main, second, extra = load_words(main_ptr, extra_ptr, places, MAIN_BITS, EXTRA, EXPONENT_BITS)
+    for strip in tl.static_range(0, 8):
+        if strip % SUB == 0:
+            group = group_of(bundle, strip, num_groups, GROUP).to(tl.int64)
+            scale, minimum = scale_and_minimum(
+                scales_ptr, minima_ptr, group * num_cols + cols, ZERO, HAS_MINIMA
+            )
+        k = bundle * 128 + strip * 16
+        if EVEN_K:
+            x = tl.load(x_ptrs + k)
+        else:
+            x = tl.load(x_ptrs + k, mask=(k + word < num_inner)[None, :], other=0.0)
+        weight = strip_weights(
+            main,
+            second,
+            extra,
+            table_ptr,
+            scale[:, None],
+            minimum[:, None],
+            strip,
+            MAIN_BITS,
+            EXTRA,
+            EXPONENT_BITS,
+            HAS_TABLE,
+        )
+        if x.dtype == tl.float16:
+            weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
+        acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    return acc
+
+
 @launchable
 @triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(
@@ -85,9 +148,9 @@ def _product_kernel(
     rows = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows = tl.minimum(rows, num_rows - 1)
-    safe_cols = tl.minimum(cols, num_cols - 1)
+    safe_cols = tl.minimum(cols, num_cols - 1).to(tl.int64)
     word = tl.arange(0, 16)
-    word_rows = safe_cols.to(tl.int64)[:, None] * (num_bundles * 16) + word[None, :]
+    word_rows = safe_cols[:, None] * (num_bundles * 16) + word[None, :]
     x_ptrs = x_ptr + safe_rows.to(tl.int64)[:, None] * stride_x_row + word[None, :]
 
     num_parts = tl.num_programs(1)
@@ -96,37 +159,31 @@ def _product_kernel(
     last = tl.minimum(first + bundles_per_part, num_bundles)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for bundle in tl.range(first, last, num_stages=NUM_STAGES):
-        places = word_rows + bundle * 16
-        main, second, extra = load_words(
-            main_ptr, extra_ptr, places, MAIN_BITS, EXTRA, EXPONENT_BITS
+        acc = add_bundle(
+            acc,
+            x_ptrs,
+            word,
+            word_rows,
+            safe_cols,
+            main_ptr,
+            extra_ptr,
+            scales_ptr,
+            minima_ptr,
+            table_ptr,
+            bundle,
+            num_cols,
+            num_inner,
+            num_groups,
+            GROUP,
+            SUB,
+            MAIN_BITS,
+            EXTRA,
+            EXPONENT_BITS,
+            ZERO,
+            HAS_MINIMA,
+            HAS_TABLE,
+            EVEN_K,
         )
-        for strip in tl.static_range(0, 8):
-            if strip % SUB == 0:
-                group = group_of(bundle, strip, num_groups, GROUP)
-                scale, minimum = scale_and_minimum(
-                    scales_ptr, minima_ptr, group * num_cols + safe_cols, ZERO, HAS_MINIMA
-                )
-            k = bundle * 128 + strip * 16
-            if EVEN_K:
-                x = tl.load(x_ptrs + k)
-            else:
-                x = tl.load(x_ptrs + k, mask=(k + word < num_inner)[None, :], other=0.0)
-            weight = strip_weights(
-                main,
-                second,
-                extra,
-                table_ptr,
-                scale[:, None],
-                minimum[:, None],
-                strip,
-                MAIN_BITS,
-                EXTRA,
-                EXPONENT_BITS,
-                HAS_TABLE,
-            )
-            if x.dtype == tl.float16:
-                weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
-            acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
 
     is_there = (rows < num_rows)[None, :] & (cols < num_cols)[:, None]
     wide_rows = rows.to(tl.int64)[None, :]
@@ -169,11 +226,7 @@ def matrix_product(
         parts = torch.empty((tiles.split, num_rows, num_cols), dtype=torch.float32, device=x.device)
     _product_kernel[(num_tiles, tiles.split)](
         x,
-        weight.main,
-        weight.extra,
-        weight.scales,
-        weight.minima,
-        weight.table,
+        *weight.planes,
         bias,
         out,
         parts,
@@ -186,14 +239,7 @@ def matrix_product(
         x.stride(0),
         out.stride(0),
         weight.factor,
-        GROUP=weight.group,
-        SUB=weight.strips_per_scale,
-        MAIN_BITS=weight.main_bits,
-        EXTRA=weight.bits - weight.main_bits,
-        EXPONENT_BITS=weight.exponent_bits,
-        ZERO=weight.zero,
-        HAS_MINIMA=weight.minima is not None,
-        HAS_TABLE=weight.table is not None,
+        **weight.constants,
         HAS_BIAS=bias is not None,
         EVEN_K=num_inner % 128 == 0,
         IS_SPLIT=tiles.split > 1,

@@ -15,23 +15,29 @@ def quantised_linear(
     out: torch.Tensor | None = None,
     *,
     batch_invariant: bool = False,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """`x @ w.T + bias` with a weight of codes.
+    """`x @ w.T + bias` with a weight of codes, or the gated activation of it.
 
     Args:
         x: [T, K].
         weight: [N, K].
         bias: [N], any float dtype, or None.
-        out: [T, N] with stride 1 along N, to be written; None makes a new one of x's dtype.
+        out: [T, N] with stride 1 along N, to be written; None makes a new one of x's dtype. There
+            is none with an activation.
         batch_invariant: Whether a row's bits may not depend on the number of rows.
+        activation: As in `act_mul`: the upper half of the weight's rows is the gate's.
 
     Returns:
-        `out`, or new [T, N]. Rows may be rounded to 8 bits where `weight.multiplies_bytes`.
+        `out`, or new [T, N]; [T, N / 2] with an activation, before which the product of one row may
+        stay in float32. Rows may be rounded to 8 bits where `weight.multiplies_bytes`.
     """
     if weight.columns is not None:
         x = x.index_select(1, weight.columns)
     expanded = quantised_rows(weight, None, torch.float32).to(x.dtype)
     y = torch.nn.functional.linear(x, expanded, None if bias is None else bias.to(x.dtype))
+    if activation is not None:
+        return reference.act_mul(y, activation)
     return y if out is None else out.copy_(y)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.quantised_layout import CodePlanes
+from engine.kernels.quantised_layout import STRIPS, CodePlanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,18 @@ _MEASURED = (
     (256, (128, 128, 8, 96)),
 )
 _MANY_ROWS = 128
+# Rows of x -> (block_m, block_n, stages, warps, programs that a product should have at least).
+_HOPPER = (
+    (16, (16, 64, 4, 4, 256)),
+    (32, (32, 64, 5, 4, 256)),
+    (64, (64, 64, 4, 4, 190)),
+    (128, (128, 64, 2, 4, 190)),
+    (256, (128, 128, 3, 8, 96)),
+    (512, (256, 128, 2, 8, 96)),
+)
+_MANY_HOPPER_ROWS = 256
+_SMALL_WEIGHT = 24 << 20
+"""Numbers of a weight up to which expansion is faster than `quantised_hopper` from 256 rows on."""
 _LARGE_WEIGHT = 40 << 20
 """Numbers of a weight from which tiles are faster than expansion up to 256 rows."""
 
@@ -67,6 +79,35 @@ def vector_tiles(weight: CodePlanes) -> VectorTiles:
         8 if weight.bits == 8 or weight.strips_per_scale < 8 or weight.table is not None else 4
     )
     return VectorTiles(block_n, min(16, most_bundles), 2)
+
+
+def one_row_tiles(weight: CodePlanes, *, is_gated: bool = False) -> VectorTiles:
+    """Tiles of `quantised_one_row`, whose warps have eight bundles each.
+
+    Args:
+        weight: Of the product.
+        is_gated: Whether half of a program's rows are the gate's.
+    """
+    num_warps = 2
+    if weight.strips_per_scale < STRIPS and not (weight.table is not None or is_gated):
+        num_warps = 4
+    if weight.bits == 4:
+        return VectorTiles(8, 8 * num_warps, num_warps)
+    return VectorTiles(4, 16, 2)
+
+
+def hopper_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles | None:
+    """Tiles of `quantised_hopper` for rows of x of `dtype`; None where the weight is expanded."""
+    num_cols, num_inner = weight.shape
+    found = next((tiles for most_rows, tiles in _HOPPER if num_rows <= most_rows), None)
+    if found is None or (num_rows > _MANY_HOPPER_ROWS and num_cols * num_inner < _SMALL_WEIGHT):
+        return None
+    block_m, block_n, num_stages, num_warps, fewest = found
+    num_tiles = -(-num_rows // block_m) * -(-num_cols // block_n)
+    split = 1
+    while num_tiles * split < fewest and split < min(_MOST_SPLIT, weight.num_bundles // 2):
+        split *= 2
+    return ProductTiles(block_m, block_n, split, num_stages, num_warps)
 
 
 def product_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles | None:

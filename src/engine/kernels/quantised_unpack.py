@@ -99,6 +99,55 @@ def growth_of(EXPONENT_BITS: tl.constexpr, HAS_TABLE: tl.constexpr):
     return growth
 
 
+@triton.jit
+def strip_products(
+    products,
+    main,
+    second,
+    extra,
+    table_ptr,
+    x,
+    STRIP: tl.constexpr,
+    MAIN_BITS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+):
+    """`products` and those of strip number STRIP with x, too small by `growth_of_products`.
+
+    X has a dimension of rows less. What codes lack in size (see the head of this module) it is
+    multiplied by, once for all rows.
+    """
+    words = main
+    if MAIN_BITS == 8 and STRIP >= 4:
+        words = second
+    IN_WORD: tl.constexpr = STRIP % 4 if MAIN_BITS == 8 else STRIP
+    if HAS_TABLE:
+        entry = table_entries(words, extra, table_ptr, IN_WORD, STRIP, MAIN_BITS, EXTRA)
+        products += entry * x[:, None, :]
+    elif EXPONENT_BITS > 0:
+        unit = float_bits(words, MAIN_BITS * IN_WORD, MAIN_BITS, EXPONENT_BITS)
+        products += unit * (x * 2.0**103)[:, None, :]
+    else:
+        lifted = x * 2.0 ** (149 - 46 - place_of(IN_WORD, MAIN_BITS))
+        products += plane_bits(words, IN_WORD, MAIN_BITS) * lifted[:, None, :]
+        if EXTRA > 0:
+            lifted = x * 2.0 ** (149 - 46 - place_of(STRIP, EXTRA) + MAIN_BITS)
+            products += plane_bits(extra, STRIP, EXTRA) * lifted[:, None, :]
+    return products
+
+
+@triton.jit
+def growth_of_products(EXPONENT_BITS: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """What products of `strip_products` must be multiplied by."""
+    growth = 2.0**46
+    if HAS_TABLE:
+        growth = 1.0
+    elif EXPONENT_BITS > 0:
+        growth = 2.0 ** (128 - 2 ** (EXPONENT_BITS - 1) - 103)
+    return growth
+
+
 @triton.constexpr_function
 def shift_of(strip, bits):
     """How far words are shifted so that a strip's codes end below bit 23."""

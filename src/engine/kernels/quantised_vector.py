@@ -34,13 +34,11 @@ from engine.kernels.compile_ahead import launchable
 from engine.kernels.quantised_layout import CodePlanes
 from engine.kernels.quantised_tiles import VectorTiles, vector_tiles
 from engine.kernels.quantised_unpack import (
-    float_bits,
     group_of,
+    growth_of_products,
     load_words,
-    place_of,
-    plane_bits,
     scale_and_minimum,
-    table_entries,
+    strip_products,
 )
 
 
@@ -53,54 +51,6 @@ def _load_strip(x_ptr, bundles, STRIP: tl.constexpr, word, num_inner, EVEN_K: tl
     else:
         x = tl.load(x_ptr + k, mask=k < num_inner, other=0.0)
     return x.to(tl.float32)
-
-
-@triton.jit
-def _add_strip(
-    products,
-    main,
-    second,
-    extra,
-    table_ptr,
-    x,
-    STRIP: tl.constexpr,
-    MAIN_BITS: tl.constexpr,
-    EXTRA: tl.constexpr,
-    EXPONENT_BITS: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-):
-    """`products` and those of strip number STRIP with x [BLOCK_B, 16], too small by `_growth`.
-
-    What codes lack in size (see `quantised_unpack`) x is multiplied by, once for all rows.
-    """
-    words = main
-    if MAIN_BITS == 8 and STRIP >= 4:
-        words = second
-    IN_WORD: tl.constexpr = STRIP % 4 if MAIN_BITS == 8 else STRIP
-    if HAS_TABLE:
-        entry = table_entries(words, extra, table_ptr, IN_WORD, STRIP, MAIN_BITS, EXTRA)
-        products += entry * x[:, None, :]
-    elif EXPONENT_BITS > 0:
-        unit = float_bits(words, MAIN_BITS * IN_WORD, MAIN_BITS, EXPONENT_BITS)
-        products += unit * (x * 2.0**103)[:, None, :]
-    else:
-        lifted = x * 2.0 ** (149 - 46 - place_of(IN_WORD, MAIN_BITS))
-        products += plane_bits(words, IN_WORD, MAIN_BITS) * lifted[:, None, :]
-        if EXTRA > 0:
-            lifted = x * 2.0 ** (149 - 46 - place_of(STRIP, EXTRA) + MAIN_BITS)
-            products += plane_bits(extra, STRIP, EXTRA) * lifted[:, None, :]
-    return products
-
-
-@triton.jit
-def _growth(EXPONENT_BITS: tl.constexpr, HAS_TABLE: tl.constexpr):
-    """What products of `_add_strip` must be multiplied by."""
-    growth = 2.0**46
-    if HAS_TABLE:
-        growth = 1.0
-    elif EXPONENT_BITS > 0:
-        growth = 2.0 ** (128 - 2 ** (EXPONENT_BITS - 1) - 103)
-    return growth
 
 
 @launchable
@@ -157,7 +107,7 @@ def _vector_kernel(
                 products += x_sum[:, None, :] * (-ZERO * 2.0**-46)
             for strip in tl.static_range(part, part + SUB):
                 x = _load_strip(x_ptr, bundles, strip, word, num_inner, EVEN_K)
-                products = _add_strip(
+                products = strip_products(
                     products,
                     main,
                     second,
@@ -175,7 +125,7 @@ def _vector_kernel(
             scale, minimum = scale_and_minimum(
                 scales_ptr, minima_ptr, places_of_scales, ZERO, HAS_MINIMA
             )
-            scale *= _growth(EXPONENT_BITS, HAS_TABLE)
+            scale *= growth_of_products(EXPONENT_BITS, HAS_TABLE)
             acc += scale[:, :, None] * products
             if HAS_MINIMA:
                 acc += minimum[:, :, None] * x_sum[:, None, :]
@@ -197,11 +147,7 @@ def vector_product(
     tiles = tiles or vector_tiles(weight)
     _vector_kernel[(triton.cdiv(num_cols, tiles.block_n),)](
         x,
-        weight.main,
-        weight.extra,
-        weight.scales,
-        weight.minima,
-        weight.table,
+        *weight.planes,
         bias,
         out,
         num_cols,
@@ -209,14 +155,7 @@ def vector_product(
         weight.num_bundles,
         weight.scales.shape[0],
         weight.factor,
-        GROUP=weight.group,
-        SUB=weight.strips_per_scale,
-        MAIN_BITS=weight.main_bits,
-        EXTRA=weight.bits - weight.main_bits,
-        EXPONENT_BITS=weight.exponent_bits,
-        ZERO=weight.zero,
-        HAS_MINIMA=weight.minima is not None,
-        HAS_TABLE=weight.table is not None,
+        **weight.constants,
         HAS_BIAS=bias is not None,
         EVEN_K=num_inner % (128 * tiles.block_b) == 0,
         BLOCK_N=tiles.block_n,

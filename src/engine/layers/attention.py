@@ -137,12 +137,36 @@ class Attention:
             v_cache: Likewise.
             metadata: Layout of the batch.
         """
+        return self.o_proj(self._attended(x, cos_sin, k_cache, v_cache, metadata))
+
+    def accumulate(
+        self,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """`hidden += self(x, …)` in place, where `o_proj.accumulates`."""
+        y = self._attended(x, cos_sin, k_cache, v_cache, metadata)
+        self.o_proj.accumulate(hidden, y)
+
+    def _attended(
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        k_cache: KVTensor,
+        v_cache: KVTensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What the output projection takes, new [T, Hq D], of normalised x."""
         if self.qkv_proj.beats_library("qkv", x) and self._turns_whole_heads(cos_sin, k_cache):
             q = self._turned_product(x, None, 0.0, cos_sin, k_cache, v_cache, metadata)
         else:
             qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
             q = self._rotate_and_store(qkv, cos_sin, k_cache, v_cache, metadata)
-        return self.o_proj(self._attend(q, k_cache, v_cache, metadata))
+        return self._attend(q, k_cache, v_cache, metadata)
 
     def fused(
         self,

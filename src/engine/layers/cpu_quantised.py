@@ -69,6 +69,12 @@ class CPUFactory:
         self._rows = rows
         self._room, self._part_room = ExpansionRoom(), PartRoom()
         self._is_quick = has_quick_products(dtype) and not saves_memory
+        self._most_numbers = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the room in which one 4-bit weight at a time is expanded for prompts."""
+        return ExpansionRoom.num_bytes(self._most_numbers)
 
     def num_bytes(self, parts: Sequence[StoredWeight], *, is_output: bool) -> int:
         """Memory of `linear`."""
@@ -148,6 +154,7 @@ class CPUFactory:
     def _bytes_of(self, run: _Run) -> int:
         kind = run.kind
         if kind.product == "four":
+            self._most_numbers = max(self._most_numbers, math.prod(run.shape))
             return FourBitWeight.num_bytes(run.shape, kind.group)
         if kind.product == "eight":
             return run.shape[0] * run.shape[1]

@@ -137,6 +137,19 @@ class Linear:
         """`hidden += self(x)` in place, in one kernel for few rows; returns the new `squares`."""
         return dispatch.add_linear(x, self.weight, hidden, self.bias)
 
+    def accumulates(self, num_rows: int) -> bool:
+        """Whether `accumulate` can, and is faster than `self` and a sum, for so many rows."""
+        return (
+            self.packed is None
+            and self.uses_plain_product
+            and self.bias is None
+            and not few_row_tiles.beats_library(num_rows, self.weight)
+        )
+
+    def accumulate(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """`hidden += self(x)` in place, by the library, where `accumulates`; rounded once."""
+        hidden.addmm_(x, self.weight.t())
+
     def beats_library(self, kind: str, x: torch.Tensor) -> bool:
         """Whether this product of x is faster together with what follows it.
 

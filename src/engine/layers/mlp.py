@@ -65,10 +65,18 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """New [T, H] from x [T, H]."""
+        return self.down_proj(self._gated(x))
+
+    def accumulate(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """`hidden += self(x)` in place, where `down_proj.accumulates`."""
+        self.down_proj.accumulate(hidden, self._gated(x))
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last product takes, new [T, I]."""
         if self.gate_up_proj.beats_library("gated", x):
-            return self.down_proj(self.gate_up_proj.gated(x, self.activation))
+            return self.gate_up_proj.gated(x, self.activation)
         gate_up = self.gate_up_proj(x)  # [T, 2 I]
-        return self.down_proj(dispatch.act_mul(gate_up, self.activation))
+        return dispatch.act_mul(gate_up, self.activation)
 
     def fused(self, hidden: torch.Tensor, squares: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """`hidden += mlp(norm(hidden))` in place; returns the new `squares`."""

@@ -53,6 +53,10 @@ class QuantisedFactory(Protocol):
     The others are asked for only where it said yes.
     """
 
+    @property
+    def room_bytes(self) -> int:
+        """Memory that the layers share beside their weights; of all that `num_bytes` has seen."""
+
     def num_bytes(self, parts: Sequence[StoredWeight], *, is_output: bool) -> int | None:
         """Memory of what `linear` makes of these parts; nothing is read for it."""
 

@@ -76,6 +76,9 @@ def pack_codes(
         minima = None
     dtype = _dtype_of_scales(codes)
     factor = _factor(codes, scales, minima)
+    table = None if codes.table is None or exponent_bits else codes.table.to(scales)
+    if table is not None and codes.bits == 4:
+        table = table.half().float()
     return CodePlanes(
         shape=(num_rows, num_columns),
         bits=codes.bits,
@@ -86,7 +89,8 @@ def pack_codes(
         minima=None if minima is None else _columns_first(minima, factor, dtype),
         zero=zero or 0.0,
         factor=factor,
-        table=None if codes.table is None or exponent_bits else codes.table.to(scales),
+        table=table,
+        table_words=None if table is None or codes.bits != 4 else _table_words(table),
         exponent_bits=exponent_bits,
         columns=None if codes.columns is None else codes.columns.to(device),
         rounds_input=rounds_input,
@@ -143,6 +147,12 @@ def _plane(strips: torch.Tensor, shift: int, bits: int) -> torch.Tensor:
         part = strips[:, :, strip].to(torch.int32).bitwise_right_shift_(shift)
         words |= part.bitwise_and_((1 << bits) - 1).bitwise_left_shift_(bits * strip)
     return words.to(_WORDS[bits])
+
+
+def _table_words(table: torch.Tensor) -> torch.Tensor:
+    """Lower bytes of 16 float16, then upper ones, four in a word: [8] int32."""
+    both = table.half().view(torch.uint8).view(16, 2)
+    return both.T.contiguous().view(torch.int32).view(-1)
 
 
 def _exponent_bits(codes: QuantisedCodes) -> int:

@@ -70,6 +70,11 @@ class ExpansionRoom:
         self._codes = torch.empty(0, dtype=torch.uint8)
         self._weight = torch.empty(0, dtype=torch.bfloat16)
 
+    @staticmethod
+    def num_bytes(numbers: int) -> int:
+        """Memory of the room once a weight of so many numbers has been expanded."""
+        return numbers // 2 + numbers * torch.bfloat16.itemsize
+
     def take(self, numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for half a weight's codes [numbers / 2] uint8, and for the weight [numbers]."""
         if self._weight.numel() < numbers:

@@ -7,7 +7,8 @@ One step, for a flat batch of T tokens from B sequences::
                hidden += mlp(norm(hidden))
     norm(hidden)                                [T, H]  -> compute_logits for the rows needed
 
-Every `hidden += y` is fused with the norm that follows it; for few tokens on a GPU both are fused
+Every `hidden += y` is fused with the norm that follows it, or on a GPU with the product that makes
+y; for few tokens there both are fused
 with the products around them, and the activation too (`_forward_few_rows`, and for a batch of a
 small model `_forward_weighed`): a layer is then norm, qkv and rotation, attention, output, norm and
 gate_up, down. The forward makes no host decision
@@ -16,6 +17,7 @@ from device data, so it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -98,26 +100,37 @@ class DecoderLayer:
         self,
         x: torch.Tensor,
         hidden: torch.Tensor,
+        next_norm: Norm,
         cos_sin: torch.Tensor | None,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """What is still to be added to `hidden`: the feed-forward's output, new [T, H].
+        """The whole layer on `hidden`, in place; returns `next_norm` of it, new [T, H].
 
         Args:
             x: [T, H], `hidden` after this layer's first norm.
-            hidden: [T, H], the residual stream; the attention's output is added in place.
+            hidden: [T, H], the residual stream.
+            next_norm: The next layer's first norm, or the last one.
             cos_sin: As in `Attention`.
             kv_cache: (k_cache, v_cache) of this layer, written in place.
             metadata: Layout of the batch.
         """
-        y = self.attention(x, cos_sin, *kv_cache, metadata)
-        if self.is_parallel:
-            y += self.mlp(self.mlp_norm(hidden) if self.norm_places == "parallel" else x)
-            return self._before_residual(y, self.post_mlp_norm)
-        y = self._before_residual(y, self.post_attention_norm)
-        x, hidden = self.mlp_norm.add(y, hidden)
-        return self._before_residual(self.mlp(x), self.post_mlp_norm)
+        attention, mlp, num_rows = self.attention, self.mlp, x.shape[0]
+        adds = self.norm_places == "before" and self.residual_scale == 1.0
+        if adds and isinstance(attention, Attention) and attention.o_proj.accumulates(num_rows):
+            attention.accumulate(hidden, x, cos_sin, *kv_cache, metadata)
+            x = self.mlp_norm(hidden)
+        else:
+            y = attention(x, cos_sin, *kv_cache, metadata)
+            if self.is_parallel:
+                y += mlp(self.mlp_norm(hidden) if self.norm_places == "parallel" else x)
+                return next_norm.add(self._before_residual(y, self.post_mlp_norm), hidden)[0]
+            y = self._before_residual(y, self.post_attention_norm)
+            x, _ = self.mlp_norm.add(y, hidden)
+        if adds and isinstance(mlp, GatedMLP) and mlp.down_proj.accumulates(num_rows):
+            mlp.accumulate(hidden, x)
+            return next_norm(hidden)
+        return next_norm.add(self._before_residual(mlp(x), self.post_mlp_norm), hidden)[0]
 
     def fused(
         self,
@@ -249,6 +262,22 @@ class Decoder:
             for layer, next_norm, rope in zip(self.layers, next_norms, config.ropes, strict=True)
         ]
 
+        self._distinct_layers = config.distinct_layers
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[list[int]]:
+        """Inside, `forward` runs one layer of each kind, which launches every kernel of a step.
+
+        Yields:
+            Which layers: `forward` then wants the caches of these. What it computes means nothing.
+        """
+        whole, layers = self._layer_plan, self._distinct_layers
+        self._layer_plan = [whole[index] for index in layers]
+        try:
+            yield layers
+        finally:
+            self._layer_plan = whole
+
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
         """Shape of one layer's `k_cache`, and of its `v_cache`."""
         return (num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
@@ -290,6 +319,7 @@ class Decoder:
             loaded = load_quantised(self, family, factory)
             # Those read the weights of plain layers.
             self._max_fused_tokens = self._max_weighed_tokens = 0
+            self._distinct_layers = list(range(self.config.num_layers))  # formats of their own
         for group, weights in self._groups():
             for name, view in weights:
                 if name not in loaded:
@@ -326,8 +356,7 @@ class Decoder:
             hidden += self.position_embedding(metadata.positions)
         x = self.layers[0].attention_norm(hidden)
         for (layer, next_norm, cos_sin), kv_cache in zip(self._layer_plan, kv_caches, strict=True):
-            y = layer(x, hidden, cos_sin, kv_cache, metadata)
-            x, hidden = next_norm.add(y, hidden)
+            x = layer(x, hidden, next_norm, cos_sin, kv_cache, metadata)
         return x
 
     def _persistent_step(

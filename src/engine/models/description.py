@@ -115,6 +115,22 @@ class DecoderConfig:
         """Whether both halves of a layer read the same residual stream."""
         return self.norm_places in ("parallel", "parallel_shared")
 
+    @property
+    def distinct_layers(self) -> list[int]:
+        """One layer of each kind, in order, and the last."""
+        kinds = list(
+            zip(
+                self.experts,
+                self.qk_norms,
+                self.ropes,
+                self.sliding_windows,
+                self.chunk_sizes,
+                self.query_scales,
+                strict=True,
+            )
+        )
+        return sorted({*map(kinds.index, kinds), self.num_layers - 1})
+
     def chunk_size_within(self, index: int, max_model_len: int) -> int | None:
         """Chunk size of a layer; None where one chunk holds every sequence."""
         size = self.chunk_sizes[index]

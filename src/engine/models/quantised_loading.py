@@ -70,10 +70,12 @@ class CodesPlan:
 
     Attributes:
         num_bytes: Memory that all weights of the model will take.
+        room_bytes: Memory that their products share beside it.
         factory: Where the forward says which rows decode -> what makes the layers.
     """
 
     num_bytes: int
+    room_bytes: int
     factory: Callable[[StepRows], QuantisedFactory | None]
 
 
@@ -117,7 +119,7 @@ def plan_codes(
             "quantization out."
         )
         raise UnsupportedModelError(msg)
-    return CodesPlan(plan.num_bytes(dtype, device), make)
+    return CodesPlan(plan.num_bytes(dtype, device), factory.room_bytes, make)
 
 
 def load_quantised(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,7 @@ class Outbox:
     def reply(
         self,
         number: int,
-        deltas: list[Delta],
+        deltas: Sequence[Delta],
         output: AnyOutput | None,
         error: BaseException | None,
     ) -> None:

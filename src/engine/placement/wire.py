@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import traceback
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ class SubmitRecord(NamedTuple):
     seed: int
     priority: int
     cache_salt: str | None
-    bad_words_ids: list[list[int]]
+    bad_words_ids: Sequence[list[int]]
     arrival_s: float
 
 
@@ -127,7 +128,7 @@ def _decode_logprobs(positions: Any) -> Any:
 # -------------------------------------------------------------------- deltas and outputs
 
 
-def encode_deltas(deltas: list[Delta]) -> list[tuple[Any, ...]]:
+def encode_deltas(deltas: Sequence[Delta]) -> list[tuple[Any, ...]]:
     """Deltas as tuples, without usage and metrics, which come with the output."""
     return [
         (

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
@@ -54,13 +55,13 @@ class _Sink:
 
     def publish(
         self,
-        deltas: list[Delta] | None = None,
+        deltas: Sequence[Delta] | None = None,
         output: RequestOutput | None = None,
         error: BaseException | None = None,
     ) -> Wakeups:
         if output is not None or error is not None:
             self._requests.pop(self._number, None)
-        self._outbox.reply(self._number, deltas or [], output, error)
+        self._outbox.reply(self._number, deltas or (), output, error)
         return []
 
 

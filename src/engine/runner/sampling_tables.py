@@ -188,14 +188,16 @@ class SamplingState:
         Worked out anew only after a row has changed, and without giving up the GIL.
         """
         if self._live_variant is None:
-            has_sparse = bool(np.count_nonzero(self._has_sparse))
-            has_masks = bool(np.count_nonzero(self._has_mask))
+            # As bytes: NumPy gives up the GIL for more than 500 rows, even to count them.
+            draws = self._draws.tobytes()
+            has_sparse = True in self._has_sparse.tobytes()
+            has_masks = True in self._has_mask.tobytes()
             self._live_variant = SamplerVariant(
-                draw=int(self._draws.max()),
+                draw=next((draw for draw in (FILTERED, RANDOM) if draw in draws), GREEDY),
                 sparse_width=self.sparse.shape[2] if has_sparse and self.sparse is not None else 0,
-                has_penalties=bool(np.count_nonzero(self._has_penalties)),
+                has_penalties=True in self._has_penalties.tobytes(),
                 has_masks=has_masks,
-                keeps_logits=has_masks and bool(np.count_nonzero(self._wants_logits)),
+                keeps_logits=has_masks and True in self._wants_logits.tobytes(),
             )
         return self._live_variant
 
@@ -224,7 +226,11 @@ class SamplingState:
         """State indices [R] with new settings and their words [R, 16]; they count as sent."""
         rows = np.fromiter(self._changed_settings, np.int32, len(self._changed_settings))
         self._changed_settings.clear()
-        return rows, self.settings[rows.astype(np.intp)]
+        if not len(rows):
+            return rows, self.settings[:0]
+        # Row by row: NumPy gives up the GIL for an array of indices into rows, however few.
+        words = np.concatenate([self.settings[row] for row in rows.tolist()])
+        return rows, words.reshape(len(rows), layout.NUM_SETTING_WORDS)
 
     def _upload(
         self, table: torch.Tensor, host: npt.NDArray[np.int32], changed_rows: set[int]

@@ -122,7 +122,7 @@ class StepSlots:
         at = layout.settings
         slot[at : at + num_settings] = settings_rows
         at += size
-        slot[at : at + num_settings * NUM_SETTING_WORDS] = settings_words.ravel()
+        slot[at : at + num_settings * NUM_SETTING_WORDS].data[:] = settings_words.reshape(-1).data
         slot[0] = num_seqs
         slot[1] = num_decodes
         slot[2] = batch.num_tokens
@@ -131,7 +131,8 @@ class StepSlots:
         slot[5] = batch.num_tokens if needs_ids else 0
         slot[6] = len(batch.prefix_groups)
         if self._rows_without_token:
-            self.note_sampled(batch.rows[batch.is_sampling].tolist())
+            for piece in pieces(num_seqs):
+                self.note_sampled(batch.rows[piece][batch.is_sampling[piece]].tolist())
         return num_updates >= 0
 
     def apply_updates(self, updates: list[BlockUpdate]) -> None:
@@ -201,7 +202,8 @@ class StepSlots:
             batch.num_scheduled_tokens[num_decodes:].tolist(),
             strict=True,
         ):
-            ids[place : place + count] = table.token_ids[row, start : start + count]
+            # As memory: a long copy between arrays gives up the GIL.
+            ids[place : place + count].data[:] = table.token_ids[row, start : start + count].data
             place += count
 
     def _write_updates(self, words: Int32Array, batch: ScheduledBatch, table: SequenceTable) -> int:

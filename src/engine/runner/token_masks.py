@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from engine.constraints.sequence import SequenceConstraint
 
 _MOST_THREADS = 8
+_FEW_MASKS = 8
+"""Masks that are made one by one, because waking threads takes longer."""
 
 
 class TokenMasks:
@@ -38,6 +40,8 @@ class TokenMasks:
         num_words = -(-vocab_size // 32)
         self.tensor = torch.zeros((num_rows, num_words), dtype=torch.int32, pin_memory=is_pinned)
         self.array: npt.NDArray[np.int32] = self.tensor.numpy()
+        # Rows whose mask allows everything, so that it need not be written again.
+        self._is_open = np.zeros(num_rows, np.bool_)
         from llguidance import LLExecutor
 
         # A CPU's cores are busy with the model. Few masks do not repay more threads.
@@ -45,15 +49,21 @@ class TokenMasks:
         self._executor = LLExecutor(num_threads)
 
     def fill(self, batch: ScheduledBatch, table: SequenceTable) -> None:
-        """Masks of the constrained sequences that sample in `batch`, in one call without the GIL.
+        """Masks of the constrained sequences that sample in `batch`; see `SequenceConstraint`.
 
         Args:
-            batch: Its constrained sequences have no token in flight.
+            batch: Its constrained sequences have no token in flight, but those that guess.
             table: Has the sequences.
         """
-        rows = batch.rows[batch.is_sampling & table.is_constrained[batch.rows]].tolist()
+        samples = batch.rows[batch.is_sampling & table.is_constrained[batch.rows]]
+        guesses = table.guesses[samples]
+        newly_open = samples[guesses & ~self._is_open[samples]]
+        self.array[newly_open] = -1
+        self._is_open[newly_open] = True
+        rows = samples[~guesses]
+        self._is_open[rows] = False
         constraints: list[tuple[SequenceConstraint, int]] = []
-        for row in rows:
+        for row in rows.tolist():
             seq = table.sequences[row]
             if seq is None or seq.constraint is None:
                 continue
@@ -61,14 +71,27 @@ class TokenMasks:
                 seq.constraint.write_mask(self.array[row])
             else:
                 constraints.append((seq.constraint, row))
-        if not constraints:
-            return
-        self._executor.unsafe_compute_mask_ptr(
-            [(constraint.matcher, row) for constraint, row in constraints],
-            self.array.ctypes.data,
-            self.array.strides[0],
-            len(self.array),
-        )
+        self._compute(constraints)
         for constraint, row in constraints:
             if constraint.bars_early_end:
                 constraint.bar_early_end(self.array[row])
+
+    def _compute(self, constraints: list[tuple[SequenceConstraint, int]]) -> None:
+        """The masks that are the matchers' own. Gives up the GIL."""
+        first, num_bytes = self.array.ctypes.data, self.array.strides[0]
+        if len(constraints) <= _FEW_MASKS:
+            for constraint, row in constraints:
+                constraint.matcher.unsafe_compute_mask_ptr(first + row * num_bytes, num_bytes)
+            return
+        # The threads take neighbours: those that share a lexer would wait for each other.
+        constraints = sorted(constraints, key=_lexer_of)
+        self._executor.unsafe_compute_mask_ptr(
+            [(constraint.matcher, row) for constraint, row in constraints],
+            first,
+            num_bytes,
+            len(self.array),
+        )
+
+
+def _lexer_of(pair: tuple[SequenceConstraint, int]) -> int:
+    return pair[0].lexer

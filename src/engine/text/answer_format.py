@@ -92,6 +92,23 @@ class AnswerFormat:
         return _EFFORTS if "reasoning_effort" in self._template.variables else ()
 
     @functools.cached_property
+    def default_effort(self) -> str | None:
+        """The effort that prompts ask for where none is named; None where that is none of them."""
+        messages = [{"role": "user", "content": "Hi"}]
+        if not self.effort_levels:
+            return None
+        try:
+            plain = self._template.render(messages)
+            prompts = {
+                effort: self._template.render(messages, reasoning_effort=effort)
+                for effort in self.effort_levels
+            }
+        except RequestError:
+            return None
+        same = [effort for effort, prompt in prompts.items() if prompt == plain]
+        return same[0] if len(same) == 1 else None
+
+    @functools.cached_property
     def shows_late_system_messages(self) -> bool:
         """Whether a system message in the middle of a conversation is shown where it stands."""
         contents = ("first question", "first answer", "late instruction", "second question")

@@ -83,7 +83,7 @@ class ChatStreams(ChatLists):
             check_can_stream(options)
             plan, prompt, handle = self._submit(messages, options)
             maker = self._chunk_maker(plan, prompt, options)
-            with closing(iterate(handle, options.timeout)) as pieces:
+            with closing(iterate(handle, options)) as pieces:
                 for delta, output in pieces:
                     yield from maker.chunks(delta, output)
 
@@ -100,7 +100,7 @@ class ChatStreams(ChatLists):
             check_can_stream(options)
             plan, prompt, handle = await self._asubmit(messages, options)
             maker = self._chunk_maker(plan, prompt, options)
-            async with aclosing(aiterate(handle, options.timeout)) as pieces:
+            async with aclosing(aiterate(handle, options)) as pieces:
                 async for delta, output in pieces:
                     for chunk in maker.chunks(delta, output):
                         yield chunk
@@ -131,7 +131,7 @@ class ChatStreams(ChatLists):
             check_can_stream(options)
             plan, prompt, handle = self._submit(messages, options)
             maker = self._event_maker(plan, prompt, options)
-            with closing(iterate(handle, options.timeout)) as pieces:
+            with closing(iterate(handle, options)) as pieces:
                 yield maker.start(_message_id(run_manager))
                 for delta, output in pieces:
                     yield from maker.events(delta, output)
@@ -149,7 +149,7 @@ class ChatStreams(ChatLists):
             check_can_stream(options)
             plan, prompt, handle = await self._asubmit(messages, options)
             maker = self._event_maker(plan, prompt, options)
-            async with aclosing(aiterate(handle, options.timeout)) as pieces:
+            async with aclosing(aiterate(handle, options)) as pieces:
                 yield maker.start(_message_id(run_manager))
                 async for delta, output in pieces:
                     for event in maker.events(delta, output):

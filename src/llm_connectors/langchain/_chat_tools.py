@@ -48,6 +48,7 @@ class ChatTools(ChatStreams):
             reasoning_parser=own["reasoning_parser"],
             reasoning=own["reasoning"],
             request=_request(asked) if asked else None,
+            on_overflow=own["on_overflow"],
         )
 
     @override

@@ -34,6 +34,10 @@ class EngineFields(BaseModel):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True)
     """Further `engine.EngineConfig` fields, such as `device`, `dtype` or `task`."""
 
+    keep_loaded: bool = Field(default=True, frozen=True)
+    """Whether the model stays in memory when the last object that uses it is gone. `close` frees it
+    in any case. False: it is freed as soon as nobody uses it, and loaded again when asked for."""
+
     on_overflow: str = "error"
     """What becomes of a text longer than the model reads: "error", or "truncate" to ignore its
     end."""
@@ -63,7 +67,9 @@ class EngineFields(BaseModel):
         if self.on_overflow not in ("error", "truncate"):
             msg = f"on_overflow={self.on_overflow!r} must be 'error' or 'truncate'."
             raise ValueError(msg)
-        self._lease = lease_for(self.model, self.engine_kwargs, self.engine)
+        self._lease = lease_for(
+            self.model, self.engine_kwargs, self.engine, keep_loaded=self.keep_loaded
+        )
         return self
 
     def __getstate__(self) -> dict[Any, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from langchain_core.language_models import LangSmithParams
-from pydantic import Field, PrivateAttr, SecretStr, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, StrictInt, model_validator
 
 from engine import RequestError, SamplingParams
 from llm_connectors._aliases import registered_lease
 from llm_connectors._answer_plan import AnswerOptions
 from llm_connectors._env import default_model, with_default_options
+from llm_connectors._overflow import check_overflow_policy
 from llm_connectors._params import (
     ALIASES,
     SAMPLING_NAMES,
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 _ALIASES = {**ALIASES, "model_name": "model"}
 
 _PLAIN_TEXT = AnswerOptions()
-_FIELDS_OF_CALLS = ("model", "timeout", "priority", "cache_salt")
+_COMMON_OWN = ("on_overflow", "stream_interval")
+"""Call options of both classes that the engine knows nothing of."""
+_FIELDS_OF_CALLS = ("model", "timeout", "priority", "cache_salt", *_COMMON_OWN)
 """Beside the sampling options and a class's own call options, what `CallOptions` are made of."""
 
 
@@ -46,7 +49,8 @@ class CallOptions:
         params: The engine's sampling parameters.
         timeout: Seconds from submit until the request is aborted.
         submit: Further keywords of `Engine.submit`.
-        own: The class's own options of the call (see `_own_call_names`), fields filled in.
+        own: Options of the call that the engine does not know (see `_own_call_names`), fields
+            filled in.
         model: Name of the model that answers, as told in metadata.
         lease: Access to its engine.
         answer: How a chat model's prompts are made and its answers read.
@@ -59,6 +63,12 @@ class CallOptions:
     model: str
     lease: EngineLease
     answer: AnswerOptions = _PLAIN_TEXT
+
+    @property
+    def stream_interval(self) -> int | None:
+        """Tokens of each piece of a stream; None for pieces as they come."""
+        interval = self.own["stream_interval"]
+        return None if interval == "auto" else interval
 
 
 class LocalModelFields(SamplingFields):
@@ -73,6 +83,19 @@ class LocalModelFields(SamplingFields):
 
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True)
     """Further `engine.EngineConfig` fields, such as `device`, `dtype` or `max_model_len`."""
+
+    keep_loaded: bool = Field(default=True, frozen=True)
+    """Whether the model stays in memory when the last object that uses it is gone. `close` frees it
+    in any case. False: it is freed as soon as nobody uses it, and loaded again when asked for."""
+
+    on_overflow: str = "error"
+    """What becomes of a prompt that leaves no room for `max_tokens`: "error" raises
+    `ContextOverflowError`, "truncate_left" leaves out the oldest turns of a conversation (not its
+    system messages), or the first tokens of a text."""
+
+    stream_interval: StrictInt | str = "auto"
+    """Tokens in each piece of a stream after the first, >= 1. "auto": each token as it comes, and
+    more at once where the reader or the machine lags."""
 
     timeout: float | None = None
     """Seconds a request may take; then it is aborted and `RequestTimeoutError` raised."""
@@ -122,8 +145,11 @@ class LocalModelFields(SamplingFields):
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         """Find bad values now, not at the first call. Loads nothing."""
-        self._lease = lease_for(self.model, self.engine_kwargs, self.engine)
+        self._lease = lease_for(
+            self.model, self.engine_kwargs, self.engine, keep_loaded=self.keep_loaded
+        )
         self._sampling_params({})
+        _check_own({name: getattr(self, name) for name in _COMMON_OWN})
         return self
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -225,7 +251,11 @@ class LocalModelFields(SamplingFields):
         return memo[1]
 
     def _checked_options(self, stop: list[str] | None, given: dict[str, Any]) -> CallOptions:
-        own = {name: given.pop(name, getattr(self, name)) for name in self._own_call_names}
+        own = {
+            name: given.pop(name, getattr(self, name))
+            for name in (*_COMMON_OWN, *self._own_call_names)
+        }
+        _check_own(own)
         timeout = given.pop("timeout", self.timeout)
         submit = {
             "priority": given.pop("priority", self.priority),
@@ -234,7 +264,7 @@ class LocalModelFields(SamplingFields):
         given.pop("stream", None)  # read by LangChain, which then calls `_stream` or not
         model, lease = self._chosen_model(given)
         answer = self._answer_options(given, own)
-        valid_names = (*SAMPLING_NAMES, *_ALIASES, *self._own_call_names)
+        valid_names = (*SAMPLING_NAMES, *_ALIASES, *_COMMON_OWN, *self._own_call_names)
         check_names(given, (*valid_names, "timeout", "priority", "cache_salt"), "call option")
         if stop:
             given["stop"] = merge_stop(stop, given.get("stop"))
@@ -291,7 +321,12 @@ class LocalModelFields(SamplingFields):
         fields = self.sampling_values()
         values = {name: value for name, value in fields.items() if value is not None}
         values["constructor_stop"] = values.pop("stop", None)
-        return {"model": self.model, "engine_kwargs": self._lease.options, **values}
+        return {
+            "model": self.model,
+            "engine_kwargs": self._lease.options,
+            "on_overflow": self.on_overflow,
+            **values,
+        }
 
     def _fill_ls_params(
         self, params: LangSmithParams, stop: list[str] | None, kwargs: Mapping[str, Any]
@@ -308,3 +343,17 @@ class LocalModelFields(SamplingFields):
     def is_lc_serializable(cls) -> bool:
         """False: LangChain's loader admits classes of its own packages only."""
         return False
+
+
+def _check_own(own: Mapping[str, Any]) -> None:
+    """Find bad values of `_COMMON_OWN`.
+
+    Raises:
+        RequestError: The message names the option and what it takes.
+    """
+    check_overflow_policy(own["on_overflow"])
+    interval = own["stream_interval"]
+    is_count = isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1
+    if interval != "auto" and not is_count:
+        msg = f"stream_interval={interval!r} must be 'auto' or a number of tokens, at least 1."
+        raise RequestError(msg)

@@ -12,12 +12,25 @@ from langchain_core.outputs import Generation, LLMResult
 from typing_extensions import override
 
 from engine import RequestOutput
+from llm_connectors._overflow import prompt_room, shortened_text
 from llm_connectors.langchain._batching import Prompt, Run
+from llm_connectors.langchain._fields import CallOptions
 from llm_connectors.langchain._list_call import ListCall
 
 if TYPE_CHECKING:
     from engine import Engine
     from llm_connectors.langchain.llms import LocalLLM
+
+
+def fitted_prompts(
+    engine: Engine, prompts: Sequence[str], options: CallOptions
+) -> list[str | list[int]]:
+    """Texts as they are submitted: cut where that is wanted, see `llm_connectors._overflow`."""
+    if options.own["on_overflow"] == "error":
+        return list(prompts)
+    room = prompt_room(engine, options.params.max_tokens)
+    parse_special = options.own["parse_special"]
+    return [shortened_text(engine, text, room, parse_special=parse_special) for text in prompts]
 
 
 class TextListCall(ListCall):
@@ -77,7 +90,8 @@ class TextRun(Run[LLMResult]):
     @classmethod
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
-        return [run._text for run in runs]
+        call = runs[0]._call
+        return fitted_prompts(engine, [run._text for run in runs], call.options)
 
     @override
     def result(self, output: RequestOutput) -> LLMResult:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING
 
-from engine import Delta, RequestError, RequestOutput, RequestTimeoutError
+from engine import Delta, RequestError, RequestOutput, RequestTimeoutError, merge_deltas
 from llm_connectors.langchain._fields import CallOptions
 
 if TYPE_CHECKING:
@@ -28,15 +28,20 @@ def check_can_stream(options: CallOptions) -> None:
         raise RequestError(msg)
 
 
-def iterate(handle: RequestHandle, timeout: float | None) -> Generator[Piece]:
+def iterate(handle: RequestHandle, options: CallOptions) -> Generator[Piece]:
     """Yield deltas with news, then the last one, which always comes, and comes once.
 
     Closing the generator early aborts the request.
+
+    Args:
+        handle: The request; one answer.
+        options: `timeout` and `stream_interval` are read.
 
     Raises:
         RequestTimeoutError: `timeout` seconds passed; the request is aborted.
         EngineError: What ended the request.
     """
+    timeout = options.timeout
     limit = _TimeLimit(handle, timeout)
     # Waiting for the next delta has no time limit of its own, so a timer aborts the request.
     timer = threading.Timer(timeout or 0.0, limit.expire) if timeout is not None else None
@@ -44,12 +49,13 @@ def iterate(handle: RequestHandle, timeout: float | None) -> Generator[Piece]:
         timer.daemon = True
         timer.start()
     last: Delta | None = None
+    collector = _Collector(options.stream_interval)
     try:
         for delta in handle:
             if delta.finish_reason is not None:
-                last = delta
-            elif _has_news(delta):
-                yield delta, None
+                last = collector.with_rest(delta)
+            elif (ready := collector.push(delta)) is not None and _has_news(ready):
+                yield ready, None
         output = handle.result()
         limit.check(output)
         yield last or _empty_last(output), output
@@ -60,19 +66,21 @@ def iterate(handle: RequestHandle, timeout: float | None) -> Generator[Piece]:
         handle.abort()
 
 
-async def aiterate(handle: RequestHandle, timeout: float | None) -> AsyncGenerator[Piece]:
+async def aiterate(handle: RequestHandle, options: CallOptions) -> AsyncGenerator[Piece]:
     """`iterate` for an event loop."""
+    timeout = options.timeout
     limit = _TimeLimit(handle, timeout)
     timer = None
     if timeout is not None:
         timer = asyncio.get_running_loop().call_later(timeout, limit.expire)
     last: Delta | None = None
+    collector = _Collector(options.stream_interval)
     try:
         async for delta in handle:
             if delta.finish_reason is not None:
-                last = delta
-            elif _has_news(delta):
-                yield delta, None
+                last = collector.with_rest(delta)
+            elif (ready := collector.push(delta)) is not None and _has_news(ready):
+                yield ready, None
         output = await handle
         limit.check(output)
         yield last or _empty_last(output), output
@@ -99,6 +107,42 @@ async def wait(handle: RequestHandle, timeout: float | None) -> RequestOutput:
         timer.cancel()
     limit.check(output)
     return output
+
+
+class _Collector:
+    """Holds deltas back until there are enough tokens for a piece; the first goes out at once.
+
+    Args:
+        interval: Tokens of a piece; None lets every delta through.
+    """
+
+    def __init__(self, interval: int | None) -> None:
+        self._interval = interval
+        self._held: list[Delta] = []
+        self._num_held = 0
+        self._is_first = True
+
+    def push(self, delta: Delta) -> Delta | None:
+        """A delta that is not the last. Returns a piece when there is one."""
+        if self._interval is None:
+            return delta
+        self._held.append(delta)
+        self._num_held += len(delta.token_ids)
+        is_enough = self._num_held >= self._interval or (self._is_first and _has_news(delta))
+        if not is_enough:
+            return None
+        self._is_first = False
+        return self._take()
+
+    def with_rest(self, delta: Delta) -> Delta:
+        """The last delta together with what was held back."""
+        self._held.append(delta)
+        return self._take()
+
+    def _take(self) -> Delta:
+        (merged,) = merge_deltas(self._held)
+        self._held, self._num_held = [], 0
+        return merged
 
 
 class _TimeLimit:

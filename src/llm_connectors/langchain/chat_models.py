@@ -266,7 +266,9 @@ class ChatLocal(ChatTools):
         if not messages:
             return 0
         with LANGCHAIN_ERRORS.converting():
-            given = {"tools": openai_tools(tools)} if tools else {}
+            given: dict[str, Any] = {"on_overflow": "error"}  # count all of it
+            if tools:
+                given["tools"] = openai_tools(tools)
             options = self._call_options(None, given)
             plan = self._plan(self._engine(options), options)
             return len(plan.encode([to_conversation(messages)])[0])
@@ -307,6 +309,8 @@ class ChatLocal(ChatTools):
             profile["mid_conversation_system_messages"] = form.shows_late_system_messages
             if form.effort_levels:
                 profile["reasoning_effort_levels"] = list(form.effort_levels)
+                if form.default_effort is not None:
+                    profile["reasoning_effort_default"] = form.default_effort
 
 
 def _plain_chunk(chunk: ChatGenerationChunk, message_id: str) -> AIMessageChunk:

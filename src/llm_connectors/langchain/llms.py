@@ -25,7 +25,7 @@ from engine import RequestOutput
 from llm_connectors._gathered import MAX_INLINE_CHARS
 from llm_connectors.langchain._batching import serve, serve_runs
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
-from llm_connectors.langchain._llm_runs import TextListCall
+from llm_connectors.langchain._llm_runs import TextListCall, fitted_prompts
 from llm_connectors.langchain._outputs import PROVIDER, text_chunk, text_generations, token_usage
 from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
@@ -98,7 +98,10 @@ class LocalLLM(LocalModelFields, BaseLLM):
             engine = self._engine(options)
             outputs: list[RequestOutput] = []
             served = serve(
-                engine, lambda indices: [prompts[one] for one in indices], len(prompts), options
+                engine,
+                lambda indices: fitted_prompts(engine, [prompts[one] for one in indices], options),
+                len(prompts),
+                options,
             )
             with closing(served):
                 for _index, output in served:
@@ -142,8 +145,9 @@ class LocalLLM(LocalModelFields, BaseLLM):
             options = self._call_options(stop, kwargs)
             check_can_stream(options)
             engine = self._engine(options)
-            handle = engine.submit(prompt, options.params, **options.submit)
-            with closing(iterate(handle, options.timeout)) as pieces:
+            (fitted,) = fitted_prompts(engine, [prompt], options)
+            handle = engine.submit(fitted, options.params, **options.submit)
+            with closing(iterate(handle, options)) as pieces:
                 for delta, output in pieces:
                     chunk = text_chunk(delta, output, options.model, options.params)
                     if run_manager is not None:
@@ -164,7 +168,7 @@ class LocalLLM(LocalModelFields, BaseLLM):
             engine = await self._aengine(options)
             (encoded,) = await self._aencode(engine, [prompt], options)
             handle = engine.submit(encoded, options.params, **options.submit)
-            async with aclosing(aiterate(handle, options.timeout)) as pieces:
+            async with aclosing(aiterate(handle, options)) as pieces:
                 async for delta, output in pieces:
                     chunk = text_chunk(delta, output, options.model, options.params)
                     if run_manager is not None:
@@ -176,7 +180,9 @@ class LocalLLM(LocalModelFields, BaseLLM):
     ) -> Sequence[str | list[int]]:
         """Token ids of long prompts, made in a worker thread; short ones as they are."""
         if sum(map(len, prompts)) <= MAX_INLINE_CHARS:
-            return prompts
+            return fitted_prompts(engine, prompts, options)
+        if options.own["on_overflow"] != "error":
+            return await asyncio.to_thread(fitted_prompts, engine, prompts, options)
         encode = partial(engine.tokenize, parse_special=options.own["parse_special"])
         return await asyncio.to_thread(lambda: [encode(text) for text in prompts])
 

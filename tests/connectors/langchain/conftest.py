@@ -1,6 +1,8 @@
 import pytest
-from langchain_fake_engine import FakeEngine
+from langchain_fake_engine import FakeEngine, FakeShared
 
+import engine
+from llm_connectors import _runtime
 from llm_connectors.langchain import ChatLocal, LocalLLM
 
 
@@ -30,3 +32,11 @@ def model_class(request):
 @pytest.fixture
 def model(model_class, fake_engine):
     return model_class(engine=fake_engine)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    monkeypatch.setattr(_runtime, "_REFERENCES", _runtime._References())
+    fake = FakeShared()
+    monkeypatch.setattr(engine, "Engine", fake)
+    return fake

@@ -5,7 +5,6 @@ import copy
 import gc
 import pickle
 import threading
-import time
 
 import pytest
 from langchain_core import exceptions as core
@@ -15,51 +14,8 @@ from pydantic import ValidationError
 
 import engine
 from engine import EngineConfig
-from llm_connectors import _runtime
 from llm_connectors.langchain import ChatLocal, LocalLLM, errors
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
-
-
-class FakeShared:
-    """`Engine.shared` over fakes: counts loads and references."""
-
-    def __init__(self):
-        self.loads = []
-        self.references = {}
-        self.load_s = 0.0
-        self.error = None
-        self.lock = threading.Lock()
-
-    def shared(self, model, **options):
-        with self.lock:
-            if self.error is not None:
-                raise self.error
-            config = EngineConfig.from_kwargs(model=model, **options)
-            loaded = self.references.get(config)
-            if loaded is None or loaded[0].is_closed:
-                time.sleep(self.load_s)
-                self.loads.append(config)
-                fake = FakeEngine(model, **options)
-                close = fake.close
-
-                def give_back(**how):
-                    loaded = self.references[config]
-                    loaded[1] -= 1
-                    if loaded[1] == 0:
-                        close(**how)
-
-                fake.close = give_back
-                self.references[config] = loaded = [fake, 0]
-            loaded[1] += 1
-            return loaded[0]
-
-
-@pytest.fixture
-def shared(monkeypatch):
-    monkeypatch.setattr(_runtime, "_REFERENCES", _runtime._References())
-    fake = FakeShared()
-    monkeypatch.setattr(engine, "Engine", fake)
-    return fake
 
 
 def references(shared):

@@ -14,12 +14,11 @@ from engine.core.output import OutputProcessor
 from engine.core.pieces import MAX_PIECE, gathered, joined, pieces
 from engine.core.scheduler import Scheduler
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
+from engine.prompts import check_token_ids
 from engine.runner.pending_step import CapturedPendingStep
+from engine.runner.sampler import Sampler
 from engine.runner.step_slots import StepSlots
 from engine.stats import Counters
-
-NO_ROWS = np.zeros(0, np.int32)
-NO_WORDS = np.zeros((0, NUM_SETTING_WORDS), np.int32)
 
 
 class Neighbour:
@@ -54,13 +53,14 @@ class Steps:
         self.scheduler = Scheduler(
             max_num_seqs=num_seqs,
             max_num_batched_tokens=8192,
-            max_model_len=512,
+            max_model_len=1024,
             block_size=16,
-            num_blocks=40 * num_seqs,
+            num_blocks=64 * num_seqs,
             enable_prefix_caching=True,
             finds_prefix_groups=True,
         )
-        self.outputs = OutputProcessor(self.scheduler, None, Counters(), lambda row: None)
+        self.sampler = Sampler(1000, num_seqs, torch.device("cpu"))
+        self.outputs = OutputProcessor(self.scheduler, None, Counters(), self.sampler.free_row)
         self.table = self.scheduler.table
         self.slots = StepSlots(
             num_seqs,
@@ -84,7 +84,21 @@ class Steps:
     def run(self):
         batch = self.scheduler.schedule()
         self.slots.note_new(batch.new_rows)
-        assert self.slots.write(batch, self.table, NO_ROWS, NO_WORDS)
+        for row in batch.new_rows:
+            seq = self.table.sequences[row]
+            self.sampler.set_row(
+                row,
+                seq.request.params,
+                seed=seq.seed,
+                prompt_token_ids=seq.request.prompt_token_ids,
+                output_token_ids=self.table.output_tokens(row),
+                stop_token_ids=seq.request.stop_token_ids,
+                bad_words_ids=[],
+            )
+        self.sampler.flush_lists()
+        self.sampler.live_variant()
+        settings = self.sampler.take_changed_settings()
+        assert self.slots.write(batch, self.table, *settings)
         ticket = self.slots.count_launch()
         results = self.slots._results[(self.slots._launch_count - 1) % len(self.slots._results)]
         for piece in pieces(batch.num_seqs):
@@ -111,6 +125,37 @@ def test_steady_steps_keep_the_interpreter(num_seqs):
         before = neighbour.num_turns
         for _ in range(200):
             steps.run()
+        assert neighbour.num_turns == before
+
+
+@pytest.mark.parametrize("num_seqs", [256, 512])
+def test_admissions_and_ends_keep_the_interpreter(num_seqs):
+    """A full house with prompts of up to 900 tokens, where somebody ends in most steps."""
+    rng = np.random.default_rng(2)
+    steps = Steps(num_seqs)
+    for _ in range(num_seqs * 2):
+        length, new = int(rng.integers(1, 900)), int(rng.integers(60, 124))
+        steps.add(rng.integers(2, 90, length).tolist(), max_tokens=new, eos=False)
+    while steps.scheduler.num_running < num_seqs:
+        steps.run()
+    num_admitted = num_ended = 0
+    with Neighbour() as neighbour:
+        before = neighbour.num_turns
+        for _ in range(150):
+            num_running = steps.scheduler.num_running
+            batch, _ = steps.run()
+            num_admitted += len(batch.new_rows)
+            num_ended += num_running + len(batch.new_rows) - steps.scheduler.num_running
+        assert neighbour.num_turns == before
+    assert num_admitted > num_seqs // 2 < num_ended
+
+
+def test_checking_prompts_keeps_the_interpreter():
+    prompts = [[7] * length for length in (100, 501, 1500, 16000)] * 20
+    with Neighbour() as neighbour:
+        before = neighbour.num_turns
+        for prompt in prompts:
+            assert check_token_ids(prompt, 10).tolist() == prompt
         assert neighbour.num_turns == before
 
 

@@ -141,6 +141,27 @@ def test_the_reasoning_switch(
     assert form.closes_reasoning(asked) is must_close
 
 
+@pytest.mark.parametrize(
+    ("ending", "default"),
+    [
+        (
+            '{% if not reasoning_effort %}{% set reasoning_effort = "medium" %}{% endif %}',
+            "medium",
+        ),
+        ("{{ reasoning_effort | default('low') }}", "low"),
+        ("{{ 'Think hard.' if reasoning_effort == 'high' }}", None),
+        ("{{ reasoning_effort or raise_exception('name one') }}", None),
+        ("", None),
+    ],
+)
+def test_the_default_effort_is_the_one_that_changes_nothing(
+    tokenizer: Tokenizer, ending: str, default: str | None
+) -> None:
+    shown = "{{ reasoning_effort }}" if "set" in ending else ""
+    _, form = make(tokenizer, CHATML + ending + shown)
+    assert form.default_effort == default
+
+
 def test_reasoning_that_is_not_there_cannot_be_switched(tokenizer: Tokenizer) -> None:
     _, form = make(tokenizer, CHATML)
     with pytest.raises(RequestError, match="knows no reasoning"):
