@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Quiet OpenMP threads do not spin: tests share the cores with whatever else runs here.
 TEST_ENV := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo fmt lint type test test-slow test-gpu soak sanitize bench bench-docs docs check clean
+.PHONY: help setup demo fmt lint type test test-slow test-lowest test-newest test-gpu soak sanitize bench bench-docs docs check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,25 @@ test: setup ## All tests but the slow ones
 test-slow: setup ## The slow tests: parity over many prompts, soak
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
+# Interpreters of their own, so that the tests' processes find these packages too; all else is $(VENV)'s.
+$(VENV)-lowest/.installed: constraints-lowest.txt
+$(VENV)-newest/.installed: pyproject.toml
+$(VENV)-%/.installed: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python tests/support/version_ranges.py > $(@D)/newest.txt
+	cp constraints-lowest.txt $(@D)/lowest.txt
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --no-deps -r $(@D)/$*.txt
+	cd $(@D)/lib/python*/site-packages && echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > rest.pth
+	touch $@
+
+VERSION_TESTS ?= tests/connectors tests/models tests/unit tests/e2e
+test-lowest: $(VENV)-lowest/.installed ## With the lowest version of every range (VERSION_TESTS="…" for a part)
+	$(TEST_ENV) $(VENV)-lowest/bin/python -m pytest -m 'not slow' $(VERSION_TESTS)
+
+test-newest: $(VENV)-newest/.installed ## With the newest versions that the ranges allow
+	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -m 'not slow' $(VERSION_TESTS)
+
 soak: setup ## Ten minutes of random load on the demo model
 	SOAK_SECONDS=600 $(TEST_ENV) $(BIN)/python -m pytest -s -m slow tests/e2e/test_soak.py
 
@@ -63,4 +82,4 @@ docs: setup ## Check that the documents name things that exist
 check: lint type test ## What CI runs
 
 clean: ## Remove caches and the virtual environment
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

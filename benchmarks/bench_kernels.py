@@ -561,6 +561,20 @@ def fused_rows(
     ]
 
 
+def prompt_row(shape: Shape, num_tokens: int, device: torch.device, dtype: torch.dtype) -> Row:
+    """gate_up of prompts with its activation in one launch, beside the library's product."""
+    size = (2 * shape.intermediate_size, shape.hidden_size)
+    x = torch.randn(num_tokens, shape.hidden_size, device=device, dtype=dtype)
+    weight = torch.randn(*size, device=device, dtype=dtype) * 0.02
+    return Row(
+        "scaled_linear",
+        f"{shape.name} T={num_tokens} gate_up of prompts",
+        lambda _: dispatch.scaled_linear(x, None, weight, eps=0.0, activation="silu"),
+        flops=2.0 * num_tokens * weight.numel(),
+        baseline=lambda _: dispatch.act_mul(F.linear(x, weight), "silu"),
+    )
+
+
 def expert_rows(
     shape: ExpertShape, num_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> list[Row]:
@@ -633,6 +647,7 @@ def gpu_rows(device: torch.device) -> list[Row]:
         rows += few_row_rows(shape, num_tokens, device, dtype)
     for shape, num_tokens in itertools.product(SHAPES, (16, 64, 160, 256)):
         rows += fused_rows(shape, num_tokens, device, dtype)
+    rows += [prompt_row(shape, 8192, device, dtype) for shape in SHAPES]
     for form, num_tokens in itertools.product(FORMATS[:1], (1, 16, 64)):
         rows += quantised_rows(Row, num_tokens, (4096, 4096), form, device, dtype)
     for expert_shape, num_tokens in itertools.product(EXPERT_SHAPES, (1, 64, 1024)):

@@ -29,7 +29,7 @@ from engine.launch_ahead import LaunchAhead
 SECTION = "host"
 SHAPE = "tiny"
 MAX_TOKENS = 200
-STEPS_IN_FLIGHT = 16
+STEPS_IN_FLIGHT = 32
 
 # Seconds: of any step, per decoding sequence, per token of a prompt. 256 sequences take 2.8 ms.
 STEP_S, SEQUENCE_S, PROMPT_TOKEN_S = 0.6e-3, 8.7e-6, 1.4e-6

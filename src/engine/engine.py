@@ -74,7 +74,12 @@ class Engine(PoolingFace):
         self._host = host
         facts = host.facts
         self._factory = RequestFactory(
-            facts.limits, host.text, facts.vocab_size, config.seed, can_generate=not facts.pooling
+            facts.limits,
+            host.text,
+            facts.vocab_size,
+            config.seed,
+            can_generate=not facts.pooling,
+            has_many_threads=facts.device.startswith("cuda"),
         )
         # Runs when the engine is collected, and at interpreter exit if it still is alive.
         self._finalizer = weakref.finalize(self, host.stop, drain=False, timeout=EXIT_TIMEOUT_S)

@@ -39,6 +39,7 @@ class RequestFactory:
         vocab_size: Ids of the model.
         base_seed: Base of the seeds of requests without one; None takes them from the system.
         can_generate: False for a model that embeds or scores: every request is then refused.
+        has_many_threads: As `ConstraintCompiler` wants it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RequestFactory:
         base_seed: int | None,
         *,
         can_generate: bool = True,
+        has_many_threads: bool = False,
     ) -> None:
         self._can_generate = can_generate
         self._limits = limits
@@ -56,7 +58,12 @@ class RequestFactory:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(text.eos_token_ids)
         self._base_seed = base_seed
-        self._compiler = ConstraintCompiler(text.tokenizer, vocab_size, text.eos_token_ids)
+        self._compiler = ConstraintCompiler(
+            text.tokenizer,
+            vocab_size,
+            text.eos_token_ids,
+            has_many_threads=has_many_threads,
+        )
         self._seed_numbers = itertools.count()
         # Begun by the system's randomness. Asking that for each request gives up the GIL each time.
         self._random = random.Random()

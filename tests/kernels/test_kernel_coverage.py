@@ -80,6 +80,7 @@ def test_every_op_has_a_bench_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench.layer_rows(shape, 2, device, torch.float32)
     rows += bench.few_row_rows(shape, 2, device, torch.float32)
     rows += bench.fused_rows(shape, 2, device, torch.float32)
+    rows.append(bench.prompt_row(shape, 2, device, torch.float32))
     rows += bench.quantised_rows(bench.Row, 2, (256, 512), bench.FORMATS[0], device, torch.float32)
     rows += bench.quantised_expert_rows(
         bench.Row, bench.SMALL_EXPERTS, 2, bench.FORMATS[1], device, torch.float32

@@ -47,6 +47,11 @@ from engine.kernels import (
     prefill_plan,
     rope_write_kv,
     shared_prefix,
+    stream_adding,
+    stream_gated,
+    stream_prompts,
+    stream_qkv,
+    stream_tiles,
 )
 
 HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE = 128, 4, 8, 64
@@ -86,7 +91,7 @@ FP32S = (
 )
 FLOATS = ("score_scale", "softcap", "norm_eps", "norm_weight_offset", "eps", "weight_offset")
 FLOATS += ("head_eps", "swiglu_limit", "swiglu_alpha", "scale")
-ALIGNED = ("num_inner", "num_columns", "width")
+ALIGNED = ("num_inner", "num_columns", "num_cols", "width")
 
 
 PLAIN_CACHE = {"k_scales_ptr": None, "v_scales_ptr": None}
@@ -107,8 +112,9 @@ def compile_for_hopper(
             signature[name] = "*i16" if is_pair else f"*{cache}"
         elif name in BF16S or "norm_weight_ptr" in name:
             signature[name] = "*bf16"
-        elif name in ("k_desc", "v_desc"):
-            signature[name] = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        elif name.endswith("_desc"):
+            rows = constants["HALF"] if name == "w_desc" else 64
+            signature[name] = f"tensordesc<bf16[{rows}, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
         elif name in FP32S or "squares_ptr" in name:
             signature[name] = "*fp32"
         elif name in INT64S or name.endswith("words_ptr"):
@@ -124,7 +130,7 @@ def compile_for_hopper(
         if name not in constants
         and (name.endswith("_ptr") or name.startswith("stride_") or name in ALIGNED)
     ]
-    make_source = GluonASTSource if "k_desc" in names else ASTSource
+    make_source = GluonASTSource if {"k_desc", "x_desc"} & {*names} else ASTSource
     source = make_source(
         fn=kernel,
         signature=signature,
@@ -497,6 +503,79 @@ def test_fused_products_keep_their_stages_in_flight(
         buffers = tile_buffers(gpu_ir, rows, tiles.block_k)
         assert buffers
         assert min(buffers) >= tiles.num_stages - 1
+
+
+def inner_loops(sass: str) -> list[str]:
+    """Instructions of the loops that have no other loop within them."""
+    lines = sass.splitlines()
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if re.match(r"LBB\d+:", line)}
+    spans = []
+    for at, line in enumerate(lines):
+        found = re.search(r"BRA (LBB\d+)", line)
+        if found and labels[found[1]] < at:
+            spans.append((labels[found[1]], at))
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in spans
+        if not any(start <= first and last < end for first, last in spans)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gated", "qkv", "adding"])
+@pytest.mark.parametrize(("num_rows", "num_inner"), [(64, 576), (160, 576), (160, 1536)])
+def test_products_on_hopper_load_weights_before_they_wait(
+    monkeypatch: pytest.MonkeyPatch, kind: str, num_rows: int, num_inner: int
+) -> None:
+    if num_inner > 576 and kind != "adding":
+        pytest.skip("x has the hidden size")
+    monkeypatch.setattr(stream_tiles, "_is_hopper", lambda _: True)
+    height = {"gated": 3072, "qkv": 960, "adding": 576}[kind]
+    x, weight = (
+        torch.empty(n, num_inner, device="meta", dtype=torch.bfloat16) for n in (num_rows, height)
+    )
+    tiles = stream_tiles.tiles_for(kind, x, weight)
+    assert tiles is not None
+    constants = {**tiles.constants(num_inner), "HAS_BIAS": False}
+    del constants["enable_fp_fusion"]
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl")}
+    kernel = stream_adding._adding_kernel
+    if kind == "gated":
+        kernel = stream_gated._gated_kernel
+        constants |= {"HAS_SCALE": True, "ACTIVATION": "silu", "BLOCK_SQUARES": 64}
+    elif kind == "qkv":
+        kernel = stream_qkv._stream_qkv_kernel
+        constants |= {"NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "HEAD_DIM": 64, "BLOCK_SIZE": 64}
+        constants |= {"HAS_SCALE": True, "HAS_ROTATION": True, "BLOCK_SQUARES": 64}
+        constants |= dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False)
+    compiled = compile_for_hopper(kernel, constants, **options)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    # The loader's copies: two of the weight, the wait, the rows of x, then a round of each.
+    found = re.findall(r"cp\.async\.bulk\.tensor|griddepcontrol\.wait", compiled.asm["ptx"])
+    order = "".join("w" if name.endswith("wait") else "c" for name in found)
+    assert "ccwcccc" in order
+    assert order.count("w") >= 2, "the consumer waits as well"
+    sass = compiled.asm["sass"]
+    loaders = [loop for loop in inner_loops(sass) if "UTMALDG" in loop]
+    assert len(loaders) >= 3, "weights, rows of x, and both"
+    assert not any("I2F" in loop for loop in loaders), "a division in every round"
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert compiled.metadata.shared <= 227 * 1024
+
+
+def test_gated_products_of_prompts_store_by_the_16_bytes() -> None:
+    tiles = stream_tiles._PROMPTS
+    constants = {**tiles.constants(4096), "HAS_BIAS": False, "ACTIVATION": "silu"}
+    constants |= {"CONSUMER_REGISTERS": tiles.consumer_registers, "GROUP": stream_prompts.GROUP}
+    del constants["enable_fp_fusion"]
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl")}
+    compiled = compile_for_hopper(stream_prompts._prompt_kernel, constants, **options)
+    sass = compiled.asm["sass"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    # 64 x 128 numbers of two bytes by 128 threads, for each of two consumers.
+    assert len(re.findall(r"STG\.E\.128", sass)) == 2 * 8
+    assert len(re.findall(r"STG", sass)) == 2 * 8
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert compiled.metadata.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize("kind", ["gate_up", "down"])

@@ -31,6 +31,12 @@ def device() -> torch.device:
     return torch.device("cpu" if IS_INTERPRETED else "cuda")
 
 
+@pytest.fixture(autouse=True)
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of this file; those for Hopper are in `test_triton_stream`."""
+    monkeypatch.setattr(kernels("stream_tiles"), "_is_hopper", lambda _: False)
+
+
 def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A random matrix within a larger one whose other rows and columns are NaN.
 

@@ -8,7 +8,6 @@ them down, `gate` stops them. Prompts that say REFUSE are refused at submit, FAI
 are read.
 """
 
-import asyncio
 import itertools
 import threading
 import time
@@ -307,10 +306,3 @@ class FakeShared:
                 self.references[config] = loaded = [fake, 0]
             loaded[1] += 1
             return loaded[0]
-
-
-async def beat(heartbeats, interval_s=0.001):
-    """Append the time again and again, for tests that ask whether the loop was blocked."""
-    while True:
-        heartbeats.append(time.monotonic())
-        await asyncio.sleep(interval_s)

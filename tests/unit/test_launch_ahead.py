@@ -113,11 +113,9 @@ def test_beside_a_busy_thread_it_comes_back_seldom_and_the_device_stays_busy(clo
     assert max(clock.sleeps) == pytest.approx(5e-3)
 
 
-@pytest.mark.parametrize("late_s", [50e-6, 1e-3, 20e-3, 50e-3])
-def test_it_does_not_rest_alone_or_where_the_queue_is_too_short(
-    clock: Clock, late_s: float
-) -> None:
-    ahead = LaunchAhead(16)
+@pytest.mark.parametrize("late_s", [50e-6, 1e-3, 10e-3, 20e-3, 50e-3])
+def test_it_rests_neither_alone_nor_beside_several(clock: Clock, late_s: float) -> None:
+    ahead = LaunchAhead(32)
     clock.late_s = late_s
     run_steps(ahead, clock, 1.6e-3)
     clock.sleeps.clear()
@@ -158,3 +156,20 @@ def test_it_gives_up_on_a_step_that_never_ends(clock: Clock) -> None:
     ahead.begin()
     ahead.wait(Step(clock, clock.now_s + 1e9), 1)
     assert clock.now_s < 101.0
+
+
+def test_a_step_with_none_behind_it_is_watched_for_a_while(clock: Clock) -> None:
+    """The last stretch is not slept through, but neither is a step that takes far longer."""
+    ahead = LaunchAhead(16)
+    run_steps(ahead, clock, 1e-3)
+    for num_queued in (1, 2):
+        ahead.begin()
+        clock.sleeps.clear()
+        clock.late_s = 2e-6
+        ahead.wait(Step(clock, clock.now_s + 1e-3), num_queued)
+        assert (0 in clock.sleeps) == (num_queued == 1)
+    ahead.begin()
+    clock.sleeps.clear()
+    ahead.wait(Step(clock, clock.now_s + 50e-3), 1)
+    assert clock.sleeps.count(0) * clock.late_s < 0.6e-3
+    assert sum(clock.sleeps) > 45e-3

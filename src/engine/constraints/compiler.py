@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.constraints.closing import ClosingSearch
-from engine.constraints.schema_paths import find_culprit, pointer, without_unknown_formats
+from engine.constraints.schema_paths import (
+    find_culprit,
+    pointer,
+    with_discriminators,
+    with_json_blocks,
+    without_unknown_formats,
+)
+from engine.constraints.schema_rewriting import rewritten
 from engine.constraints.sequence import SequenceConstraint
 from engine.constraints.spec import ConstraintSpec
 from engine.constraints.vocabulary import GrammarVocabulary
@@ -50,15 +57,15 @@ class CompiledConstraint:
     """A constraint that can be enforced. Immutable; shared by all requests that ask for the same.
 
     Copies of a matcher share its lexer, which knows the states that any of them has met, behind a
-    lock. So that masks of many answers can be made side by side, the constraint is compiled up to 8
-    times, once for every 4 answers that were asked for.
+    lock. So that masks of many answers can be made side by side, the constraint may be compiled
+    several times, once for every 4 answers that were asked for.
 
     Args:
         spec: What was asked for.
         matcher: At the start; copied for each answer.
         vocabulary: Of the model.
         search: Of the vocabulary.
-        compilation_s: What making `matcher` has taken.
+        most_lexers: How often it is compiled at most.
     """
 
     def __init__(
@@ -67,12 +74,12 @@ class CompiledConstraint:
         matcher: LLMatcher,
         vocabulary: GrammarVocabulary,
         search: ClosingSearch,
-        compilation_s: float = 0.0,
+        most_lexers: int = 1,
     ) -> None:
         self.spec = spec
         self._matcher = matcher
         self._matchers = [matcher]
-        self._most_lexers = _MOST_LEXERS if compilation_s < _LONGEST_COMPILATION_S else 1
+        self._most_lexers = most_lexers
         self._start_numbers = itertools.count()
         self._vocabulary = vocabulary
         self._search = search
@@ -137,11 +144,18 @@ class ConstraintCompiler:
         tokenizer: None for models without one, which cannot be constrained.
         vocab_size: V, width of the logits.
         eos_token_ids: Ids that end an answer.
+        has_many_threads: Masks are made by several threads, as for a GPU.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        *,
+        has_many_threads: bool = False,
     ) -> None:
+        self._most_lexers = _MOST_LEXERS if has_many_threads else 1
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -168,8 +182,9 @@ class ConstraintCompiler:
         vocabulary, search = self._shared_parts()
         started_s = time.perf_counter()
         matcher = _new_matcher(spec, vocabulary)
-        taken_s = time.perf_counter() - started_s
-        compiled = CompiledConstraint(spec, matcher, vocabulary, search, taken_s)
+        is_slow = time.perf_counter() - started_s > _LONGEST_COMPILATION_S
+        most_lexers = 1 if is_slow else self._most_lexers
+        compiled = CompiledConstraint(spec, matcher, vocabulary, search, most_lexers)
         with self._compiled_lock:
             self._compiled[spec] = compiled
             if len(self._compiled) > _CACHE_ENTRIES:
@@ -222,7 +237,7 @@ def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatch
             alternatives = map(re.escape, json.loads(spec.source))
             grammar = LLMatcher.grammar_from_regex("|".join(alternatives))
         else:
-            grammar = LLMatcher.grammar_from_lark(_as_lark(spec.source))
+            return _grammar_matcher(_as_lark(spec.source), vocabulary)
     except RecursionError:
         msg = f"{spec.kind} is nested too deeply."
         raise ConstraintError(msg) from None
@@ -233,16 +248,49 @@ def _new_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatch
     return matcher
 
 
+def _grammar_matcher(source: str, vocabulary: GrammarVocabulary) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    source = with_json_blocks(source, _prepared)
+    matcher, error = _try_matcher(LLMatcher.grammar_from_lark(source), vocabulary)
+    if error:
+        other = with_json_blocks(source, _rewritten_if_sound)
+        if other != source:
+            matcher, error = _try_matcher(LLMatcher.grammar_from_lark(other), vocabulary)
+    if error:
+        msg = f"grammar cannot be enforced: {error}"
+        raise ConstraintError(msg)
+    return matcher
+
+
+def _prepared(schema: Any) -> Any:
+    """`schema` without what constrains nothing, and with what is meant besides."""
+    return with_discriminators(without_unknown_formats(schema, _KNOWN_FORMATS))
+
+
+def _rewritten_if_sound(schema: Any) -> Any:
+    """`rewritten`, or `schema` itself where it is malformed, for the library to name that."""
+    try:
+        return rewritten(schema)
+    except (TypeError, ValueError, AttributeError):
+        return schema
+
+
 def _schema_matcher(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> LLMatcher:
     from llguidance import LLMatcher
 
     def attempt(part: Any) -> tuple[LLMatcher | None, str]:
         if part is False:
             return None, "The schema false allows nothing."
-        text = json.dumps(
-            {} if part is True else without_unknown_formats(part, _KNOWN_FORMATS),
-            ensure_ascii=False,
-        )
+        part = _prepared({} if part is True else part)
+        matcher, error = attempt_as_is(part)
+        if matcher is not None and not error:
+            return matcher, ""
+        other = _rewritten_if_sound(part)
+        return (matcher, error) if other == part else attempt_as_is(other)
+
+    def attempt_as_is(part: Any) -> tuple[LLMatcher | None, str]:
+        text = json.dumps(part, ensure_ascii=False)
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides=_WHITESPACE[spec.json_whitespace]

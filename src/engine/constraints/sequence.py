@@ -196,7 +196,7 @@ class SequenceConstraint:
         """Whether a guess is worth while: each of `probes` may come next."""
         if not self.may_guess or self._num_masked_left or self._follows_way or self.error:
             return False
-        return all(self.matcher.validate_tokens(probe) for probe in probes)
+        return all(map(self.matcher.validate_tokens, probes))
 
     def write_mask(self, words: npt.NDArray[np.int32]) -> None:
         """The mask of a sequence with `has_own_mask`.

@@ -84,18 +84,23 @@ def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedS
     # Without a token (-1) the request is about to end with an error.
     has_token = table.is_constrained[sampled.rows] & (sampled.token_ids >= 0)
     places = np.flatnonzero(has_token)
-    for index, row in zip(places.tolist(), sampled.rows[places].tolist(), strict=True):
-        seq = _owner(table, row)
+    rows = sampled.rows[places]
+    # Lists: one element of an array costs as much as a call of the library.
+    starts = (table.num_tokens[rows] - table.num_in_flight[rows]).tolist()
+    limits = table.max_total_tokens[rows].tolist()
+    is_finished = sampled.is_finished[places].tolist()
+    guesses: list[bool] = []
+    for place, row in enumerate(rows.tolist()):
+        seq, index = _owner(table, row), places[place]
         constraint = seq.constraint
         assert constraint is not None, "the row says that it is constrained"
         if constraint.error:
             done.failed.append(seq)
+            guesses.append(False)
             continue
-        if not sampled.is_finished[index]:
-            limit = int(table.max_total_tokens[row])
-            start = int(table.num_tokens[row] - table.num_in_flight[row])
+        if not is_finished[place]:
+            start, limit = starts[place], limits[place]
             forced = constraint.take_forced(limit - start)
-            table.guesses[row] = constraint.guesses
             if forced:
                 if table.num_in_flight[row]:
                     table.drop_in_flight(row, start)
@@ -105,8 +110,10 @@ def append_forced(table: SequenceTable, sampled: SampledTokens, done: CompletedS
                 table.note_tokens_changed(row)
                 done.num_new_tokens += len(forced)
                 sampled.is_finished[index] = end == limit
+        guesses.append(constraint.guesses)
         if constraint.is_complete:
             sampled.is_stop[index] = sampled.is_finished[index] = True
+    table.guesses[rows] = guesses
 
 
 def _owner(table: SequenceTable, row: int) -> Sequence:

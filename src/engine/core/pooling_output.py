@@ -79,6 +79,10 @@ class PoolingOutputs:
                 self._finish(request, now_s)
         return batch.num_tokens
 
+    def settle(self) -> int:
+        """Vectors come whole: `process` leaves nothing to look at later."""
+        return 0
+
     def abort(self, request: PoolingRequest) -> None:
         """End `request` with `RequestAbortedError`; no effect once it is finished."""
         if request in self._open:

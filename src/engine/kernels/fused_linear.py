@@ -47,6 +47,7 @@ import triton
 import triton.language as tl
 
 from engine.errors import ConfigError
+from engine.kernels import stream_tiles
 from engine.kernels.act_mul import activate
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.fused_product import (
@@ -213,6 +214,17 @@ def scaled_linear(
         raise ConfigError(unknown_activation_message(activation))
     num_rows, num_inner = x.shape
     num_cols = weight.shape[0] if activation is None else weight.shape[0] // 2
+    if activation is not None and num_rows:
+        on_hopper = stream_tiles.tiles_for("gated", x, weight, activation)
+        if on_hopper is not None:
+            from engine.kernels.stream_gated import gated_linear
+
+            return gated_linear(x, squares, weight, bias, eps, activation, on_hopper)
+        on_hopper = stream_tiles.prompt_tiles(num_rows, weight, activation)
+        if on_hopper is not None and squares is None and stream_tiles.is_readable(x):
+            from engine.kernels.stream_prompts import gate_prompts
+
+            return gate_prompts(x, weight, bias, activation, on_hopper)
     out = x.new_empty(num_rows, num_cols)
     if not num_rows:
         return out
@@ -253,6 +265,11 @@ def add_weighed_linear(
     """See `fused_reference.add_weighed_linear`. `hidden` needs stride 1 along N."""
     num_rows, num_inner = x.shape
     num_cols = weight.shape[0]
+    on_hopper = stream_tiles.tiles_for("adding", x, weight) if num_rows else None
+    if on_hopper is not None and hidden.is_contiguous():
+        from engine.kernels.stream_adding import adding_linear
+
+        return adding_linear(x, weight, hidden, norm_weight, bias, weight_offset, on_hopper)
     tiles = tiles_for("adding", x, weight)
     num_tiles = triton.cdiv(num_cols, tiles.block_n)
     weighed = hidden.new_empty(num_rows, num_cols)

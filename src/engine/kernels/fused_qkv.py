@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from engine.kernels import stream_tiles
 from engine.kernels.attention_tiles import starts_kernels_early
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.fused_product import (
@@ -262,6 +263,30 @@ def scaled_qkv(
     needs_whole_heads = (
         k_scales is not None or q_norm_weight is not None or k_norm_weight is not None
     )
+    if k_scales is None:
+        on_hopper = stream_tiles.qkv_tiles(x, weight, head_dim, needs_whole_heads)
+        if on_hopper is not None:
+            from engine.kernels.stream_qkv import stream_qkv
+
+            return stream_qkv(
+                x,
+                squares,
+                weight,
+                bias,
+                metadata,
+                cos_sin,
+                keys,
+                values,
+                on_hopper,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                eps=eps,
+                q_norm_weight=q_norm_weight,
+                k_norm_weight=k_norm_weight,
+                norm_eps=norm_eps,
+                norm_weight_offset=norm_weight_offset,
+            )
     tiles = tiles_for("qkv", x, weight)
     # As many columns in every program, and the whole head where its norm or scale needs it.
     block_n = head_dim if needs_whole_heads else min(tiles.block_n, head_dim & -head_dim)

@@ -18,6 +18,8 @@ cuBLAS multicasts what several programs read, which these kernels cannot: with m
 it wins. Programs that start early (use_pdl) save 1.5 us of a 135M layer at 16 and 32 rows, nothing
 at 64, and cost 1 to 5 us beyond and 10 to 20 with the 0.6B shape: they settle where the kernel
 before them leaves room, and no longer evenly over the SMs.
+
+On Hopper the products that `stream_tiles` takes have kernels of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from engine.kernels import stream_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +150,12 @@ def _table(kind: str, size: int) -> _Tiles:
     return tables[min(tables, key=lambda measured: abs(math.log(measured / size)))]
 
 
-def beats_library(kind: str, num_rows: int, weight: torch.Tensor) -> bool:
+def beats_library(kind: str, num_rows: int, weight: torch.Tensor, activation: str = "silu") -> bool:
     """Whether a "gated" or "qkv" product of normalised rows is faster fused than by cuBLAS."""
     if weight.dtype.itemsize != 2 or not _is_served(weight.device):
         return False
+    if kind == "gated" and stream_tiles.prompt_tiles(num_rows, weight, activation):
+        return True
     return num_rows <= _table(kind, weight.numel())[-1][0]
 
 

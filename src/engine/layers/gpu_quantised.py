@@ -63,7 +63,7 @@ class CodedLinear(Linear):
     def finish_loading(self) -> None:
         """Nothing is left to do."""
 
-    def beats_library(self, kind: str, x: torch.Tensor) -> bool:
+    def beats_library(self, kind: str, x: torch.Tensor, activation: str = "silu") -> bool:
         """See `Linear`; the activation is one op with the product of a single weight."""
         return kind == "gated" and len(self.weights) == 1
 

@@ -150,17 +150,18 @@ class Linear:
         """`hidden += self(x)` in place, by the library, where `accumulates`; rounded once."""
         hidden.addmm_(x, self.weight.t())
 
-    def beats_library(self, kind: str, x: torch.Tensor) -> bool:
+    def beats_library(self, kind: str, x: torch.Tensor, activation: str = "silu") -> bool:
         """Whether this product of x is faster together with what follows it.
 
         Args:
             kind: "qkv" with rotation and KV write, or "gated" with the activation.
             x: [T, in_features], normalised.
+            activation: Of "gated".
         """
         return (
             self.packed is None
             and self.uses_plain_product
-            and fused_tiles.beats_library(kind, x.shape[0], self.weight)
+            and fused_tiles.beats_library(kind, x.shape[0], self.weight, activation)
         )
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -73,7 +73,7 @@ class GatedMLP:
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
         """What the last product takes, new [T, I]."""
-        if self.gate_up_proj.beats_library("gated", x):
+        if self.gate_up_proj.beats_library("gated", x, self.activation):
             return self.gate_up_proj.gated(x, self.activation)
         gate_up = self.gate_up_proj(x)  # [T, 2 I]
         return dispatch.act_mul(gate_up, self.activation)

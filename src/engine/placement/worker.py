@@ -130,7 +130,10 @@ class _Worker:
         if self._compiler is None:
             text = self._engine.text
             self._compiler = ConstraintCompiler(
-                text.tokenizer, self._engine.facts.vocab_size, text.eos_token_ids
+                text.tokenizer,
+                self._engine.facts.vocab_size,
+                text.eos_token_ids,
+                has_many_threads=self._engine.facts.device.startswith("cuda"),
             )
         return self._compiler
 

@@ -19,7 +19,7 @@ from engine.core.state import SequenceTable
 from engine.kernels.captured_inputs import CapturedStepState, StepSlotLayout
 from engine.kernels.sampling_reference import NUM_SETTING_WORDS
 
-NUM_SLOTS = 32
+NUM_SLOTS = 64
 """A power of two, so that the launch count may wrap; twice what may be in flight."""
 _MAX_UPDATES = 16384
 _TAG_MASK = 0x7FFFFFFF

@@ -12,7 +12,6 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult, LLMResult, RunInfo
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from engine import EngineError, RequestOutput
@@ -20,6 +19,7 @@ from llm_connectors._answer_plan import AnswerPlan
 from llm_connectors.langchain._batching import Run, aserve, serve_runs
 from llm_connectors.langchain._chat_runs import ChatListCall, UnwatchedRun
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
+from llm_connectors.langchain._list_call import configs_of_items
 from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         A rate limiter, `streaming` or a callback that wants tokens need calls of their own:
         then each input is an `invoke` in a thread, as many at once as the engine has sequences.
         """
-        configs = get_config_list(config, len(inputs))
+        configs = configs_of_items(config, len(inputs))
         call = ChatListCall(self, kwargs, configs)
         if len(inputs) < 2 or (call.is_watched and call.needs_single_calls):
             capped = self._with_thread_cap(configs)
@@ -137,7 +137,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[tuple[int, AIMessage | Exception]]:
         """`batch`, yielding (index, answer) as answers finish. Leaving early aborts the rest."""
-        configs = get_config_list(cast("RunnableConfig", config), len(inputs))
+        configs = configs_of_items(config, len(inputs))
         call = ChatListCall(self, kwargs, configs)
         if len(inputs) < 2 or (call.is_watched and call.needs_single_calls):
             return super().batch_as_completed(
@@ -161,7 +161,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
 
         Where somebody watches, or there is a time limit or a cap, each input is an `ainvoke`.
         """
-        configs = get_config_list(config, len(inputs))
+        configs = configs_of_items(config, len(inputs))
         call = ChatListCall(self, kwargs, configs)
         is_plain = call.max_concurrency is None and kwargs.get("timeout", self.timeout) is None
         if len(inputs) < 2 or not is_plain or call.is_watched:
@@ -172,6 +172,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         conversations = self._conversations(inputs, outcomes if return_exceptions else None)
         runs = [call.start_unwatched(index, one) for index, one in conversations.items()]
         indices = list(conversations)
+        del conversations  # each run lets go of its own once it is rendered
         try:
             with LANGCHAIN_ERRORS.converting():
                 options = call.options
@@ -228,6 +229,7 @@ class ChatLists(LocalModelFields, BaseChatModel):
         yield from failed.items()
         runs: list[Run[Any]] = [call.start(index, one) for index, one in conversations.items()]
         indices = list(conversations)
+        del conversations  # each run lets go of its own once it is rendered
         served = serve_runs(
             runs,
             self._engine,

@@ -237,7 +237,10 @@ class UnwatchedRun(Run[AIMessage]):
     @override
     def prompts(cls, engine: Engine, runs: Sequence[Self]) -> list[Prompt]:
         plan = runs[0]._call.plan_for(engine)
-        return list(plan.encode([to_conversation(run._messages) for run in runs]))
+        prompts: list[Prompt] = list(plan.encode([to_conversation(run._messages) for run in runs]))
+        for run in runs:  # not needed again, and a message is five objects
+            run._messages = ()
+        return prompts
 
     @override
     def options_for(self, engine: Engine, options: CallOptions) -> CallOptions:

@@ -11,6 +11,7 @@ from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManager
 from langchain_core.globals import get_llm_cache
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config, get_config_list
 
 from llm_connectors.langchain._fields import CallOptions
 
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 _TRACING_ONLY = ("ls_structured_output_format", "structured_output_format")
 """Keywords that LangChain binds for its traces; models never see them."""
+
+
+def configs_of_items(
+    config: RunnableConfig | Sequence[RunnableConfig] | None, num_items: int
+) -> list[RunnableConfig]:
+    """LangChain's `get_config_list`; items with equal configs share one, which is only read.
+
+    A config of its own for each is four objects that Python's collector walks.
+    """
+    if num_items > 1 and (
+        config is None or (isinstance(config, dict) and not config.get("run_id"))
+    ):
+        return [ensure_config(config)] * num_items
+    return get_config_list(config, num_items)
 
 
 class ListCall(ABC):

@@ -18,13 +18,13 @@ from langchain_core.callbacks import (
 from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
 from langchain_core.outputs import GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from engine import RequestOutput
 from llm_connectors._gathered import MAX_INLINE_CHARS
 from llm_connectors.langchain._batching import serve, serve_runs
 from llm_connectors.langchain._fields import CallOptions, LocalModelFields
+from llm_connectors.langchain._list_call import configs_of_items
 from llm_connectors.langchain._llm_runs import TextListCall, fitted_prompts
 from llm_connectors.langchain._outputs import PROVIDER, text_chunk, text_generations, token_usage
 from llm_connectors.langchain._streaming import aiterate, check_can_stream, iterate, wait
@@ -253,7 +253,7 @@ class LocalLLM(LocalModelFields, BaseLLM):
                 raised and what still runs is aborted.
             **kwargs: As `invoke`.
         """
-        configs = get_config_list(config, len(inputs))
+        configs = configs_of_items(config, len(inputs))
         if len(inputs) < 2 or self.streaming:
             return Runnable.batch(
                 self, inputs, configs, return_exceptions=return_exceptions, **kwargs
@@ -292,7 +292,7 @@ class LocalLLM(LocalModelFields, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[tuple[int, str | Exception]]:
         """`batch`, yielding (index, text) as answers finish. Leaving early aborts the rest."""
-        configs = get_config_list(cast("RunnableConfig", config), len(inputs))
+        configs = configs_of_items(config, len(inputs))
         if len(inputs) < 2 or self.streaming:
             as_is = cast("Literal[True]", return_exceptions)
             return super().batch_as_completed(inputs, configs, return_exceptions=as_is, **kwargs)

@@ -1,6 +1,7 @@
-"""What LangChain's standard suites leave out: lists, threads, event loops and leaving early.
+"""What LangChain's standard suites leave out: lists, threads, loops, leaving early, rerankers.
 
-For any chat model or LLM, this package's or another's, in the manner of `langchain_tests`::
+For any chat model or LLM (`ModelCallTests`) and any document compressor or cross-encoder
+(`RerankTests`), this package's or another's, in the manner of `langchain_tests`::
 
     class TestMyModel(ModelCallTests):
         @pytest.fixture
@@ -15,6 +16,7 @@ this module.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -23,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel
 
 QUESTIONS = [f"Say the number {number}." for number in range(8)]
@@ -184,6 +187,132 @@ class ModelCallTests(ABC):
         while self.num_running() and time.monotonic() < deadline:
             time.sleep(0.005)
         assert self.num_running() == 0
+
+
+class RerankTests(ABC):
+    """Tests of a document compressor that orders documents, or of a cross-encoder, or of both.
+
+    What is a `BaseDocumentCompressor` has `compress_documents`, what is a `BaseCrossEncoder` has
+    `score`; checks of the one that is lacking are skipped. All documents must be kept.
+    """
+
+    @pytest.fixture
+    @abstractmethod
+    def reranker(self) -> Any:
+        """What to test. It keeps at least as many documents as it is given here, which are six."""
+
+    @property
+    def query(self) -> str:
+        """What documents should answer."""
+        return "When does the ferry to the island leave?"
+
+    @property
+    def texts(self) -> list[str]:
+        """Six different texts."""
+        return [
+            "The ferry leaves at nine.",
+            "Cats sleep for most of the day.",
+            "The island has one harbour and two hotels.",
+            "Bread needs flour, water, salt and time.",
+            "At noon a second ferry leaves for the island.",
+            "",
+        ]
+
+    @property
+    def tolerance(self) -> float:
+        """How far two scores of the same pair may be apart."""
+        return 1e-4
+
+    # ---------------------------------------------------------------- documents
+
+    def _documents(self) -> list[Document]:
+        return [
+            Document(page_content=text, metadata={"place": place}, id=f"d{place}")
+            for place, text in enumerate(self.texts)
+        ]
+
+    def test_documents_come_back_once_and_unchanged(self, reranker: Any) -> None:
+        """In another order, with metadata added at most; what was given stays as it was."""
+        compress = _method(reranker, "compress_documents")
+        given = self._documents()
+        found = compress(given, self.query)
+        assert sorted(one.metadata["place"] for one in found) == list(range(len(given)))
+        for one in found:
+            original = self._documents()[one.metadata["place"]]
+            assert (one.page_content, one.id) == (original.page_content, original.id)
+        assert given == self._documents()
+
+    def test_the_order_depends_on_the_documents_alone(self, reranker: Any) -> None:
+        """Not on the order in which they are given, nor on how often it is asked."""
+        compress = _method(reranker, "compress_documents")
+        given = self._documents()
+        first = [one.metadata["place"] for one in compress(given, self.query)]
+        assert [one.metadata["place"] for one in compress(given, self.query)] == first
+        turned = [one.metadata["place"] for one in compress(given[::-1], self.query)]
+        assert turned == first
+
+    def test_no_documents_are_no_documents(self, reranker: Any) -> None:
+        """Of a retriever that has found nothing."""
+        assert list(_method(reranker, "compress_documents")([], self.query)) == []
+
+    def test_documents_of_equal_text_are_both_kept(self, reranker: Any) -> None:
+        """Each with its own metadata."""
+        twins = [Document(page_content=self.texts[0], metadata={"place": n}) for n in range(2)]
+        found = _method(reranker, "compress_documents")(twins, self.query)
+        assert {one.metadata["place"] for one in found} == {0, 1}
+
+    def test_async_documents_are_the_same(self, reranker: Any) -> None:
+        """In two event loops, one after the other, and many at once."""
+        compress = _method(reranker, "compress_documents")
+        expected = [one.metadata["place"] for one in compress(self._documents(), self.query)]
+
+        async def many() -> list[Any]:
+            calls = (reranker.acompress_documents(self._documents(), self.query) for _ in range(4))
+            return await _all(calls)
+
+        for _ in range(2):
+            for found in asyncio.run(many()):
+                assert [one.metadata["place"] for one in found] == expected
+
+    def test_many_threads_may_ask_at_once(self, reranker: Any) -> None:
+        """Each about its own documents."""
+        compress = _method(reranker, "compress_documents")
+        parts = [self._documents()[start:] for start in range(4)]
+        expected = [[one.id for one in compress(part, self.query)] for part in parts]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda part: compress(part, self.query), parts))
+        assert [[one.id for one in part] for part in found] == expected
+
+    # ---------------------------------------------------------------- scores
+
+    def test_each_pair_has_a_score_in_order(self, reranker: Any) -> None:
+        """The one that it has alone."""
+        score = _method(reranker, "score")
+        pairs = [(self.query, text) for text in self.texts]
+        found = [float(one) for one in score(pairs)]
+        alone = [float(score([pair])[0]) for pair in pairs]
+        assert found == pytest.approx(alone, abs=self.tolerance)
+        assert len(set(found)) > 1, "all texts have the same score"
+
+    def test_no_pairs_have_no_scores(self, reranker: Any) -> None:
+        """Of a retriever that has found nothing."""
+        assert list(_method(reranker, "score")([])) == []
+
+    def test_scores_and_order_agree(self, reranker: Any) -> None:
+        """What is both puts the documents with the best scores first."""
+        score, compress = _method(reranker, "score"), _method(reranker, "compress_documents")
+        scores = [float(one) for one in score([(self.query, text) for text in self.texts])]
+        order = [one.metadata["place"] for one in compress(self._documents(), self.query)]
+        for better, worse in itertools.pairwise(order):
+            assert scores[better] >= scores[worse] - self.tolerance
+
+
+def _method(reranker: Any, name: str) -> Callable[..., Any]:
+    """A method of what is tested; skips the test where it has none."""
+    method: Callable[..., Any] | None = getattr(reranker, name, None)
+    if method is None:
+        pytest.skip(f"{type(reranker).__name__} has no {name}")
+    return method
 
 
 def _text(answer: Any) -> str:

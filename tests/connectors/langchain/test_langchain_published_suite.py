@@ -5,9 +5,11 @@ import time
 import pytest
 from langchain_core.language_models import FakeListLLM
 from langchain_fake_engine import FakeEngine
+from tiny_encoders import write_encoder
 
-from llm_connectors.langchain import ChatLocal, LocalLLM
-from llm_connectors.testing.langchain import ModelCallTests
+from engine import Engine
+from llm_connectors.langchain import ChatLocal, LocalLLM, LocalRerank
+from llm_connectors.testing.langchain import ModelCallTests, RerankTests
 
 
 class OnAFakeEngine(ModelCallTests):
@@ -60,6 +62,125 @@ class TestDemoModelCalls(ModelCallTests):
     @property
     def num_running(self):
         return lambda: self.engine.stats().running
+
+
+@pytest.fixture(scope="module", params=["ForSequenceClassification", "Model"])
+def scoring_engine(request, tmp_path_factory):
+    """A cross-encoder, and a model that embeds."""
+    folder = tmp_path_factory.mktemp(request.param)
+    labels = {"num_labels": 1} if request.param != "Model" else {}
+    write_encoder(folder, "bert", request.param, **labels)
+    with Engine(str(folder), device="cpu", num_threads=1) as engine:
+        yield engine
+
+
+class TestLocalRerank(RerankTests):
+    @pytest.fixture
+    def reranker(self, scoring_engine):
+        return LocalRerank(engine=scoring_engine, top_n=None)
+
+
+@pytest.mark.embedding_model
+class TestLocalRerankOnRealWeights(RerankTests):
+    @pytest.fixture
+    def reranker(self, embedding_model):
+        return LocalRerank(model=embedding_model, top_n=6, engine_kwargs={"device": "cpu"})
+
+    def test_what_answers_comes_first(self, reranker):
+        best = reranker.compress_documents(self._documents(), self.query)[:3]
+        assert {one.metadata["place"] for one in best} >= {0, 4}
+
+
+class WordCounter:
+    """A reranker that is right, and has the places where the ones below go wrong."""
+
+    def score(self, pairs):
+        return [self.one(query, text) for query, text in pairs]
+
+    def one(self, query, text):
+        return len(set(query.lower().split()) & set(text.lower().split())) + len(text) / 1000
+
+    def compress_documents(self, documents, query, callbacks=None):
+        scored = [(self.one(query, one.page_content), one) for one in documents]
+        return [one for _, one in sorted(scored, key=lambda pair: -pair[0])]
+
+    async def acompress_documents(self, documents, query, callbacks=None):
+        return self.compress_documents(documents, query)
+
+
+class Drops(WordCounter):
+    def compress_documents(self, documents, query, callbacks=None):
+        return super().compress_documents(documents, query)[:-1]
+
+
+class Scribbles(WordCounter):
+    def compress_documents(self, documents, query, callbacks=None):
+        for document in documents:
+            document.metadata["seen"] = True
+        return super().compress_documents(documents, query)
+
+
+class Turns(WordCounter):
+    def compress_documents(self, documents, query, callbacks=None):
+        return documents[::-1]
+
+
+class Unsorted(WordCounter):
+    def score(self, pairs):
+        return sorted(super().score(pairs))
+
+
+class Sleepy(WordCounter):
+    """In an event loop it forgets what it was asked."""
+
+    async def acompress_documents(self, documents, query, callbacks=None):
+        return list(documents)
+
+
+class Refuses(WordCounter):
+    def score(self, pairs):
+        return super().score(pairs) if pairs else [0.0]
+
+
+class Merges(WordCounter):
+    def compress_documents(self, documents, query, callbacks=None):
+        by_text = {one.page_content: one for one in documents}
+        return super().compress_documents(list(by_text.values()), query)
+
+
+SUITE = TestLocalRerank()
+CHECKS = sorted(name for name in dir(RerankTests) if name.startswith("test_"))
+
+
+def outcome(reranker, check):
+    try:
+        getattr(SUITE, check)(reranker)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_the_rerank_suite_passes_who_is_right_and_skips_what_is_lacking():
+    assert all(outcome(WordCounter(), check) for check in CHECKS)
+    with pytest.raises(pytest.skip.Exception, match="has no score"):
+        SUITE.test_no_pairs_have_no_scores(object())
+
+
+@pytest.mark.parametrize(
+    ("faulty", "check"),
+    [
+        (Drops, "test_documents_come_back_once_and_unchanged"),
+        (Scribbles, "test_documents_come_back_once_and_unchanged"),
+        (Turns, "test_the_order_depends_on_the_documents_alone"),
+        (Turns, "test_scores_and_order_agree"),
+        (Unsorted, "test_each_pair_has_a_score_in_order"),
+        (Sleepy, "test_async_documents_are_the_same"),
+        (Refuses, "test_no_pairs_have_no_scores"),
+        (Merges, "test_documents_of_equal_text_are_both_kept"),
+    ],
+)
+def test_the_rerank_suite_finds_faults(faulty, check):
+    assert not outcome(faulty(), check)
 
 
 def test_the_suite_finds_mixed_up_answers():

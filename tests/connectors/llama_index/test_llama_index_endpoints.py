@@ -469,10 +469,10 @@ def test_metadata_of_other_templates() -> None:
 def test_metadata_is_cheap(llm: LocalLLM, fake: FakeEngine, monkeypatch: Any) -> None:
     _ = llm.metadata
     monkeypatch.setattr(fake, "apply_chat_template", None)
-    started_s = time.perf_counter()
+    started_s = time.thread_time()  # what other processes do does not count
     for _ in range(1000):
         _ = llm.metadata
-    assert time.perf_counter() - started_s < 0.2
+    assert time.thread_time() - started_s < 0.2
 
 
 def test_own_context_window_is_enforced() -> None:

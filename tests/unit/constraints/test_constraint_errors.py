@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from constraint_cases import compiler, draw_answer, tokenizer
+from constraint_cases import allowed_ids, compiler, draw_answer, tokenizer
 
 from engine.constraints.compiler import ConstraintCompiler
 from engine.constraints.schema_paths import pointer
@@ -171,6 +171,23 @@ def test_compiled_constraints_are_shared_by_what_they_say() -> None:
     other = SamplingParams(json_schema=schema, json_whitespace="compact")
     assert compiler("bytes").compile(other) is not one
     assert compiler("bytes").compile(SamplingParams()) is None
+
+
+def test_many_answers_share_out_among_lexers_where_threads_make_their_masks() -> None:
+    tok = tokenizer("bytes")
+    for has_many_threads, num_lexers in ((False, 1), (True, 8)):
+        many = ConstraintCompiler(
+            tok, tok.vocab_size, [tok.eos_token_id], has_many_threads=has_many_threads
+        )
+        params = SamplingParams(json_schema={"type": "boolean"})
+        compiled = many.compile(params)
+        started = [compiled.start(params, 20) for _ in range(40)]
+        lexers = [one.lexer for one in started]
+        assert len(set(lexers)) == num_lexers
+        assert len(set(lexers[:4])) == 1
+        assert {tuple(allowed_ids(compiled, one)) for one in started} == {
+            tuple(allowed_ids(compiled, started[0]))
+        }
 
 
 def test_a_schema_is_kept_as_it_was_when_the_params_were_made() -> None:

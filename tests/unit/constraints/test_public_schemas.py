@@ -58,7 +58,7 @@ def test_no_invalid_instance_can_be_written(keyword: str) -> None:
                 assert not can_be_written(compiled, value), (description, schema, value)
 
 
-@pytest.mark.parametrize("keyword", [name for name in GROUPS if name not in BEYOND])
+@pytest.mark.parametrize("keyword", GROUPS)
 def test_answers_of_enforced_schemas_are_valid(keyword: str) -> None:
     for description, schema, _ in GROUPS[keyword]:
         compiled, _ = compiled_or_refusal(schema)
@@ -73,7 +73,7 @@ def test_answers_of_enforced_schemas_are_valid(keyword: str) -> None:
 
 def test_most_of_the_suite_is_enforced_and_most_valid_instances_can_be_written() -> None:
     """The figures of docs/CONSTRAINTS.md; they may only grow."""
-    num_schemas = num_enforced = num_valid = num_written = 0
+    num_schemas = num_enforced = num_valid = num_written = num_beyond = 0
     for keyword, groups in GROUPS.items():
         for _, schema, instances in groups:
             compiled, _ = compiled_or_refusal(schema)
@@ -81,8 +81,10 @@ def test_most_of_the_suite_is_enforced_and_most_valid_instances_can_be_written()
             if compiled is None:
                 continue
             num_enforced += keyword not in BEYOND
+            num_beyond += keyword in BEYOND
             for is_valid, value in instances:
                 num_valid += is_valid
                 num_written += is_valid and can_be_written(compiled, value)
-    assert num_enforced / num_schemas > 0.83, (num_enforced, num_schemas)
-    assert num_written / num_valid > 0.94, (num_written, num_valid)
+    assert num_enforced / num_schemas > 0.86, (num_enforced, num_schemas)
+    assert num_beyond >= 39
+    assert num_written / num_valid > 0.95, (num_written, num_valid)

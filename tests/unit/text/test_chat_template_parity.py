@@ -17,6 +17,7 @@ from text_tokenizers import (
     write_folder,
 )
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from engine.errors import RequestError
 from engine.text.chat_template import ChatTemplate
@@ -24,6 +25,11 @@ from engine.text.tokenizer import Tokenizer
 
 KINDS = ("qwen2", "llama3", "marked", "first word marked")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]")
+# What transformers gives to templates as it is, before 5.21: a content of None, one name for
+# reasoning. The engine does what later ones do, whichever is installed.
+CHANGED = {"tool turns", "reasoning"} - (
+    set(CHATS) if hasattr(chat_template_utils, "_alias_reasoning_fields") else set()
+)
 Pair = tuple[Tokenizer, PreTrainedTokenizerFast]
 
 
@@ -75,6 +81,8 @@ def their_answer(theirs: PreTrainedTokenizerFast, source: str, chat: Any, **opti
     ids=["generation", "closed", "continued"],
 )
 def test_messages(pair: Pair, name: str, chat: str, options: dict[str, Any]) -> None:
+    if chat in CHANGED and chat == "tool turns" and name in ("gemma", "plain"):
+        pytest.skip("needs transformers 5.21, which prepares such messages for templates")
     tokenizer, theirs = pair
     expected = their_answer(theirs, TEMPLATES[name], CHATS[chat], **options)
     template = ChatTemplate(TEMPLATES[name], tokenizer)
@@ -140,7 +148,7 @@ def test_variables(pair: Pair, name: str, options: dict[str, Any]) -> None:
 )
 def test_dialect(pair: Pair, source: str) -> None:
     tokenizer, theirs = pair
-    for chat in CHATS.values():
+    for chat in (CHATS[name] for name in CHATS.keys() - CHANGED):
         expected = their_answer(theirs, source, chat)
         assert not isinstance(expected, Exception), expected
         template = ChatTemplate(source, tokenizer)
