@@ -773,18 +773,28 @@ def sweep(device: torch.device) -> None:
         return run
 
     cases: list[tuple[str, Any, Shape, list[tuple[int, int]], list[Any]]] = []
-    # More programs than a processor holds would run after the others: 227 KiB, 64 Ki registers.
+    # More programs than a processor holds would run after the others: 227 KiB, and 16 Ki registers
+    # for the warps of each quarter.
     decode_grid = [
         DecodeTiles(
-            *tiles,
-            max_columns=max_columns,
+            block_n,
+            num_stages,
+            num_warps,
+            programs,
             min_tiles=min_tiles,
-            max_registers=128 if tiles[3] > 2 else None,
+            max_registers=min(16384 // 32 // -(-num_warps * programs // 4) // 8 * 8, 248),
         )
-        for tiles, max_columns, min_tiles in itertools.product(
-            ((32, 3, 4, 2), (64, 2, 4, 2), (64, 3, 4, 2), (64, 3, 4, 4), (64, 3, 8, 1)),
-            (0, 256),
-            (4, 8),
+        for (block_n, num_stages, num_warps, programs), min_tiles in itertools.product(
+            (
+                (64, 2, 1, 8),
+                (64, 2, 2, 4),
+                (64, 2, 2, 6),
+                (64, 3, 2, 4),
+                (64, 3, 4, 2),
+                (64, 3, 4, 3),
+                (128, 3, 4, 2),
+            ),
+            (2, 4),
         )
     ]
     prefill_grid = [

@@ -1,15 +1,21 @@
-"""Decoding and prefill of one shape with `quantization=` in every form, beside plain bfloat16.
+"""Decoding and prefill with `quantization=` in every form, beside plain bfloat16.
+
+A dense model, and one with experts (eight layers of Qwen3-30B-A3B) in bfloat16 and int4.
 
 * decode-B: milliseconds per step in which B sequences of 256 tokens decode (see `growth`), and the
-  share of it that reading weights and keys once takes at the GPU's copy bandwidth
+  share of it that reading weights and keys once takes at the GPU's copy bandwidth; of experts those
+  count that B tokens choose on average if all are equally likely
 * prefill: prompt tokens per second, 8 prompts of 2048 tokens at once
 * weights_gib: as the engine counts them; start_s: constructor to first token
+* load_peak_gib: torch's largest allocation until then, KV cache included
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
+import torch
 from plan import Job, Plan, first_token, fixed_length
 from rows import RowFile
 from sections.growth import decode_step_ms, fits, random_requests
@@ -21,12 +27,36 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT = 256
 PEAK_GB_PER_S = 3000.0
 """Measured copy bandwidth of an H100 SXM."""
+EXPERTS = "qwen3-moe"
+SHAPES[EXPERTS] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """One job per kind, each with an engine of its own."""
-    shape = plan.shape_for("llama-8b")
-    kinds = KINDS[:2] if plan.is_quick else KINDS
+    """One job per shape and kind, each with an engine of its own."""
+    dense = plan.shape_for("llama-8b")
+    pairs = [(dense, kind) for kind in (KINDS[:2] if plan.is_quick else KINDS)]
+    if not plan.is_quick:
+        pairs += [(EXPERTS, kind) for kind in KINDS[:2]]
     return [
         Job(
             SECTION,
@@ -34,7 +64,7 @@ def jobs(plan: Plan) -> list[Job]:
             {"shape": shape, "kind": kind},
             tuple(f"{shape}/{kind}/decode-{batch}" for batch in _batches(plan)),
         )
-        for kind in kinds
+        for shape, kind in pairs
     ]
 
 
@@ -65,6 +95,8 @@ def measure(plan: Plan, rows: RowFile, *, shape: str, kind: str) -> None:
         add("start_s", time.perf_counter() - started_s, "s")
         weight_bytes = engine.stats().weight_bytes
         add("weights_gib", weight_bytes / 2**30, "GiB")
+        if plan.device == "cuda":
+            add("load_peak_gib", torch.cuda.max_memory_allocated() / 2**30, "GiB")
         # Of an embedding of its own only single rows are read.
         if not config["tie_word_embeddings"]:
             weight_bytes -= config["vocab_size"] * config["hidden_size"] * 2
@@ -75,7 +107,8 @@ def measure(plan: Plan, rows: RowFile, *, shape: str, kind: str) -> None:
                 continue
             engine.reset_prefix_cache()
             step_ms = decode_step_ms(engine, batch, CONTEXT, config["vocab_size"])
-            floor_ms = (weight_bytes + batch * kv_bytes) / PEAK_GB_PER_S / 1e6
+            num_bytes = weight_bytes * _share_read(config, batch) + batch * kv_bytes
+            floor_ms = num_bytes / PEAK_GB_PER_S / 1e6
             add(f"decode-{batch}", step_ms, "ms", batch=batch, floor_share=floor_ms / step_ms)
         prompts = [
             prompt
@@ -89,3 +122,17 @@ def measure(plan: Plan, rows: RowFile, *, shape: str, kind: str) -> None:
         engine.generate(prompts, fixed_length(1))
         num_tokens = sum(len(prompt) for prompt in prompts)
         add("prefill", num_tokens / (time.perf_counter() - started_s), "tok/s")
+
+
+def _share_read(config: dict[str, Any], batch: int) -> float:
+    """The part of the weights' bytes that a step of `batch` tokens reads."""
+    if "num_experts" not in config:
+        return 1.0
+    num_experts = config["num_experts"]
+    of_experts = 3 * config["moe_intermediate_size"] * num_experts
+    heads = config["num_attention_heads"] + config["num_key_value_heads"]
+    of_layer = of_experts + 2 * heads * config["head_dim"]
+    all_numbers = config["num_hidden_layers"] * of_layer + config["vocab_size"]
+    chosen = 1.0 - (1.0 - config["num_experts_per_tok"] / num_experts) ** batch
+    unread = config["num_hidden_layers"] * of_experts * (1.0 - chosen)
+    return 1.0 - unread / all_numbers

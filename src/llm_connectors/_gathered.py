@@ -126,7 +126,12 @@ class _Batch:
             error = asyncio.CancelledError() if done.cancelled() else done.exception()
             self._submit(piece, done.result() if error is None else [error] * len(piece))
 
-        self.loop.run_in_executor(None, _encoded, piece).add_done_callback(take)
+        try:
+            encoding = self.loop.run_in_executor(None, _encoded, piece)
+        except RuntimeError:  # The loop's worker threads have been shut down: it is about to end.
+            self._submit(places, _encoded(places))
+        else:
+            encoding.add_done_callback(take)
 
     def _submit(self, group: list[_Place], prompts: Sequence[list[int] | BaseException]) -> None:
         """Submit those prompts that could be made and still are wanted."""

@@ -87,7 +87,7 @@ def captured(case: AttentionCase, num_decodes: int, seed: int = 0) -> AttentionM
 def tiles_for(dtype: torch.dtype, head_dim: int, **changes: object) -> object:
     """Launch shape; in the interpreter, whose time goes by operations, with wider tiles, and with
     more programs than its device has, so that they share sequences."""
-    tiles = kernels("decode_attention").decode_tiles(dtype, head_dim, dtype)
+    tiles = kernels("decode_attention").decode_tiles(dtype, head_dim, dtype, 4)
     many = {"block_n": 64, "programs_per_processor": 12, "min_tiles": 2}
     return dataclasses.replace(tiles, **(many if IS_INTERPRETED else {}), **changes)
 
@@ -126,34 +126,6 @@ def test_only_the_counted_sequences_are_computed(
     torch.testing.assert_close(got.double(), expected[:num_decodes], **TOLERANCE[dtype])
     if batch_invariant:
         assert torch.equal(got, want[:num_decodes])
-
-
-@pytest.mark.parametrize("dtype", [DTYPES[-1], *on_gpu_only(*DTYPES[:-1])])
-@pytest.mark.parametrize(
-    ("num_q_heads", "num_kv_heads", "head_dim", "at_once"),
-    [(9, 3, 64, 3), (16, 4, 48, 4), (6, 6, 64, 3), *on_gpu_only((32, 8, 128, 2), (20, 1, 64, 1))],
-)
-def test_several_kv_heads_at_once(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    at_once: int,
-) -> None:
-    case = make_case(
-        LENGTHS,
-        dtype=dtype,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=64,
-    )
-    tiles = tiles_for(dtype, head_dim, max_columns=256)
-    assert tiles.kv_heads(case.k_cache, num_q_heads // num_kv_heads) == at_once
-    want = reference.paged_attention(*case.widened().arguments(), softmax_scale=case.softmax_scale)
-    got = decode(case, device, tiles=tiles)
-    torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

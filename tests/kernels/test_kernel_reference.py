@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from engine.errors import ConfigError
 from engine.kernels import fused_reference, quantised_reference, reference
 from engine.kernels.moe_reference import Routing
+from engine.kernels.quantised_layout import NormOfRows
 from engine.layers.quantised_packing import pack_codes
 
 
@@ -384,6 +385,13 @@ def test_quantised_linear_is_the_product_with_the_expanded_weight() -> None:
     assert quantised_reference.quantised_linear(x, planes, bias, out) is out
     gated = quantised_reference.quantised_linear(x, planes, bias, activation="silu")
     assert torch.equal(gated, reference.act_mul(got, "silu"))
+    norm = NormOfRows(torch.randn(256), 1e-5, 1.0)
+    normed = quantised_reference.quantised_linear(x, planes, bias, norm=norm)
+    want = reference.rms_norm(x, norm.weight, norm.eps, norm.offset)
+    assert torch.equal(normed, quantised_reference.quantised_linear(want, planes, bias))
+    added = torch.ones(5, 24)
+    quantised_reference.quantised_linear(x, planes, bias, added, adds=True)
+    assert torch.equal(added, got + 1.0)
     assert torch.equal(out, got)
 
 

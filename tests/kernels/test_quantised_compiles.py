@@ -51,6 +51,8 @@ POINTERS = {
     "arrivals_ptr": "*i32",
     "sums_ptr": "*i32",
     "x_scales_ptr": "*fp32",
+    "norm_ptr": "*bf16",
+    "residual_ptr": "*bf16",
 }
 
 
@@ -75,7 +77,7 @@ def compiled(kernel: Any, kind: CodeKind | None, constants: dict[str, Any], **ty
     signature = {
         name: "constexpr"
         if name in constants
-        else pointers.get(name, "fp32" if name == "factor" else "i32")
+        else pointers.get(name, "fp32" if name in ("factor", "eps", "norm_offset") else "i32")
         for name in names
     }
     multiples = ("num_inner", "num_cols", "num_out", "num_bytes")
@@ -158,11 +160,13 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "gptq-128", "mxfp4", "nf4-64", "q6_k"])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_a_product_of_one_row_exchanges_nothing_but_its_sums(
-    name: str, activation: str | None
-) -> None:
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_product_of_one_row_exchanges_nothing_but_its_sums(name: str, joins: bool) -> None:
     constants = {"bias_ptr": None, "HAS_BIAS": False, "EVEN_K": True, "EVEN_N": True}
+    constants |= {"HAS_NORM": joins, "HAS_RESIDUAL": joins}
+    if not joins:
+        constants |= {"norm_ptr": None, "residual_ptr": None}
+    activation = "silu" if joins else None
     kernel = compiled(
         quantised_one_row._one_row_kernel,
         BY_NAME[name],

@@ -32,6 +32,7 @@ from engine.kernels import (
     decode_plan,
     decode_tiles,
     few_row_linear,
+    few_row_qkv,
     few_row_tiles,
     fused_linear,
     fused_qkv,
@@ -44,6 +45,7 @@ from engine.kernels import (
     prefill_attention,
     prefill_hopper,
     prefill_plan,
+    rope_write_kv,
     shared_prefix,
     stream_adding,
     stream_gated,
@@ -150,9 +152,11 @@ def tile_buffers(gpu_ir: str, *shape: int, dtype: str = "bf16") -> list[int]:
     ]
 
 
-def compile_decode(cache: str) -> tuple[Any, decode_tiles.DecodeTiles]:
+def compile_decode(
+    cache: str, *, has_prefixes: bool = False
+) -> tuple[Any, decode_tiles.DecodeTiles]:
     stored = {"bf16": torch.bfloat16, "i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}[cache]
-    tiles = decode_tiles.decode_tiles(torch.bfloat16, HEAD_DIM, stored)
+    tiles = decode_tiles.decode_tiles(torch.bfloat16, HEAD_DIM, stored, GROUP)
     constants = {
         **COMMON,
         **(PLAIN_CACHE if cache == "bf16" else {}),
@@ -160,9 +164,9 @@ def compile_decode(cache: str) -> tuple[Any, decode_tiles.DecodeTiles]:
         "HAS_LOW": False,
         "IS_ASSEMBLED": True,
         "HEADS": NUM_KV_HEADS,
-        "KV_HEADS": 1,
         "STRIDE_CACHE_TOKEN": NUM_KV_HEADS * HEAD_DIM,
         "STARTS_EARLY": True,
+        "HAS_PREFIXES": has_prefixes,
         "ITEM": decode_plan.ITEM,
         "COLUMN": decode_plan.COLUMN,
         "BLOCK_M": 16,
@@ -184,15 +188,59 @@ def compile_decode(cache: str) -> tuple[Any, decode_tiles.DecodeTiles]:
     return compiled, tiles
 
 
-def test_decode_keeps_two_tiles_in_flight() -> None:
-    compiled, tiles = compile_decode("bf16")
+@pytest.mark.parametrize("has_prefixes", [False, True])
+def test_decode_loads_tiles_ahead(has_prefixes: bool) -> None:
+    compiled, tiles = compile_decode("bf16", has_prefixes=has_prefixes)
     ptx, gpu_ir = compiled.asm["ptx"], compiled.asm["ttgir"]
     assert "mma.sync" in ptx
-    assert "cp.async.cg" in ptx
-    assert "griddepcontrol.wait" in ptx
+    # Queries and keys are read after the kernel that stores them, the plan before its end. Private
+    # keys are read beside the kernel of shared prefixes, whose sums the merge waits for.
+    order = re.findall(r"griddepcontrol\.wait|cp\.async\.cg|atom\.|ld\.global", ptx)
+    runs = [name for name, _ in itertools.groupby(order)]
+    if has_prefixes:
+        assert runs.count("griddepcontrol.wait") == 1
+        assert runs.index("cp.async.cg") < runs.index("griddepcontrol.wait") < runs.index("atom.")
+    else:
+        assert runs[:2] == ["griddepcontrol.wait", "ld.global"]
+        assert runs.index("griddepcontrol.wait", 1) < runs.index("cp.async.cg")
+        assert runs.count("griddepcontrol.wait") == 2
     buffers = tile_buffers(gpu_ir, tiles.block_n, HEAD_DIM)
     assert buffers
     assert min(buffers) >= tiles.num_stages - 1
+
+
+QKV = {"BLOCK_SIZE": 64, "NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "STARTS_NEXT": True}
+NORMED_HEADS = {
+    **dict.fromkeys(("q_norm_weight_ptr", "k_norm_weight_ptr")),
+    **dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False),
+    "LIMIT": 0.0,
+    **PLAIN_CACHE,
+}
+
+
+@pytest.mark.parametrize("kernel", ["rope_write_kv", "normed_qkv", "scaled_qkv", "scaled_qkv, PDL"])
+def test_attention_may_start_while_its_keys_are_stored(kernel: str) -> None:
+    x, weight = (torch.empty(n, 576, device="meta").bfloat16() for n in (8, 960))
+    if kernel == "rope_write_kv":
+        constants = {**QKV, **NORMED_HEADS, "HEAD_DIM": 64, "HALF_ROT": 32}
+        constants |= {"BLOCK_H": 8, "BLOCK_D": 64}
+        compiled = compile_for_hopper(rope_write_kv._rope_write_kv_kernel, constants, num_warps=2)
+    elif kernel == "normed_qkv":
+        tiles = few_row_tiles.tiles_for("qkv", x, weight)
+        constants = {**QKV, "HALF": 32, "bias_ptr": None, "BLOCK_SQUARES": 16, "EVEN_K": False}
+        constants |= {"HAS_BIAS": False, "HAS_OFFSET": False, "HAS_ROTATION": True}
+        constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+        constants |= {"BLOCK_K": tiles.block_k, "NUM_STAGES": tiles.num_stages}
+        compiled = compile_for_hopper(few_row_qkv._normed_qkv_kernel, constants, num_warps=4)
+    else:
+        constants = fused_tiles.tiles_for("qkv", x, weight).constants(576)
+        for option in ("enable_fp_fusion", "launch_pdl", "num_warps"):
+            del constants[option]
+        constants |= {**QKV, **NORMED_HEADS, "HALF": 32, "HAS_ROTATION": True, "bias_ptr": None}
+        constants |= {"HAS_BIAS": False, "HAS_SCALE": True, "BLOCK_SQUARES": 16}
+        constants["USE_PDL"] = kernel.endswith("PDL")
+        compiled = compile_for_hopper(fused_qkv._scaled_qkv_kernel, constants, num_warps=4)
+    assert compiled.asm["ptx"].count("griddepcontrol.launch_dependents") == 1
 
 
 @pytest.mark.parametrize("cache", ["i8", "fp8e4nv"])
@@ -467,10 +515,7 @@ def test_fused_products_keep_their_stages_in_flight(
         constants["ACTIVATION"] = "silu"
     elif kind == "qkv":
         kernel = fused_qkv._scaled_qkv_kernel
-        constants |= dict.fromkeys(("q_norm_weight_ptr", "k_norm_weight_ptr"))
-        constants |= dict.fromkeys(("HAS_Q_NORM", "HAS_K_NORM", "HAS_NORM_OFFSET"), False)
-        constants |= {"BLOCK_SIZE": 64, "NUM_Q_HEADS": 9, "NUM_KV_HEADS": 3, "HALF": 32}
-        constants |= {"HAS_ROTATION": True, "LIMIT": 0.0, **PLAIN_CACHE}
+        constants |= {**QKV, **NORMED_HEADS, "HALF": 32, "HAS_ROTATION": True}
     asm = compile_for_hopper(kernel, constants, **options).asm
     ptx, gpu_ir = asm["ptx"], asm["ttgir"]
     assert "griddepcontrol.wait" in ptx

@@ -14,7 +14,7 @@ import pytest
 # Cases of each file in the interpreter: fewer means that some were lost.
 MIN_PASSED = {
     "test_triton_kernels.py": 90,
-    "test_decode_kernels.py": 31,
+    "test_decode_kernels.py": 28,
     "test_captured_step.py": 30,
     "test_triton_few_rows.py": 59,
     "test_triton_persistent.py": 16,
@@ -23,6 +23,7 @@ MIN_PASSED = {
     "test_triton_moe.py": 38,
     "test_triton_kv_cache.py": 50,
     "test_triton_quantised.py": 60,
+    "test_gluon_quantised.py": 20,
 }
 
 

@@ -550,7 +550,7 @@ def test_every_key_is_planned_once(
         metadata.device_counts = torch.tensor([num_planned, num_seqs], dtype=torch.int32)
     no_groups = decode_layout.PrefixLayout(1, 64, 64, 4, 16)
     plan = decode_plan.plan_decode(
-        metadata_on(metadata, device), num_seqs, 9, 3, 3, 16, *reach, layout, no_groups
+        metadata_on(metadata, device), num_seqs, 9, 3, 16, *reach, layout, no_groups
     )
     # Copied once: thousands of copies from a busy GPU take minutes.
     items, columns, places = (x.tolist() for x in (plan.items, plan.columns, plan.places))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import TOLERANCE
@@ -16,6 +18,7 @@ from triton_cases import (
 )
 
 from engine.kernels import quantised_reference, reference
+from engine.kernels.quantised_layout import CodePlanes, NormOfRows
 from engine.kernels.quantised_tiles import ProductTiles, VectorTiles
 from engine.layers.quantised_packing import pack_codes
 
@@ -45,15 +48,48 @@ def strided(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.d
     return inner
 
 
-def assert_close(got: torch.Tensor, want: torch.Tensor, num_inner: int) -> None:
-    """Within the dtype's tolerance: weight and y are rounded once, sums of K products in fp32."""
-    tolerance = dict(TOLERANCE[got.dtype])
-    tolerance["atol"] = max(tolerance["atol"], 8 * (num_inner / 2) ** 0.5 * 2**-24)
-    torch.testing.assert_close(got.double(), want, **tolerance)
+def assert_close(
+    got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, expanded: torch.Tensor
+) -> None:
+    """Within what rounding weights once to x's dtype, y once, and sums in float32 cost.
+
+    The errors of K rounded weights are independent, at most half an epsilon of each and evenly
+    spread, so y's is normal around 0 with a deviation of that over sqrt 3 of `|x w|`, the root of
+    the sum of squares. Six deviations are met by chance once in 500 million numbers. (An ideal
+    product, exact but for this rounding, misses 1.2 % of y and of 1 in one number of a million.)
+    """
+    half = torch.finfo(x.dtype).eps / 2 if x.dtype.itemsize == 2 else 0.0
+    terms = (x.double().square() @ expanded.double().square().T).sqrt()
+    sums = 8 * (x.shape[1] / 2) ** 0.5 * 2.0**-24
+    limit = 6 * half / 3**0.5 * terms + (half + 1e-5) * want.abs() + sums + 1e-5
+    error = (got.double() - want).abs()
+    assert bool((error <= limit).all()), f"{float((error / limit).max()):.2f} of what is allowed"
 
 
 def product(x: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
     return x.double() @ expanded.double().T
+
+
+def check_joined(
+    op: Any, x: torch.Tensor, weight: CodePlanes, bias: torch.Tensor, expanded: torch.Tensor
+) -> None:
+    """The product with what may stand before and after it."""
+    got = op(x, weight, bias)
+    want = product(x, expanded) + bias.double()
+    slack = {key: 8 * value for key, value in TOLERANCE[x.dtype].items()}
+    if weight.shape[0] % 2 == 0:
+        # In two kernels the product is rounded in between, which the gate's slope passes on.
+        gated = op(x, weight, bias, activation="silu")
+        torch.testing.assert_close(gated.double(), reference.act_mul(want, "silu"), **slack)
+    if weight.columns is None:
+        norm = NormOfRows(torch.randn(x.shape[1], device=x.device).to(x.dtype), 1e-5, 1.0)
+        normed = op(x, weight, bias, norm=norm)
+        x_normed = reference.rms_norm(x.double(), norm.weight.double(), norm.eps, norm.offset)
+        want = product(x_normed, expanded) + bias.double()
+        torch.testing.assert_close(normed.double(), want, **slack)
+    added = torch.ones_like(got)
+    op(x, weight, bias, added, adds=True)
+    torch.testing.assert_close(added, got + 1.0, **TOLERANCE[x.dtype])
 
 
 @pytest.mark.parametrize(("kind", "n", "k"), CASES, ids=str)
@@ -100,17 +136,13 @@ def test_quantised_linear(
         x = strided(m, k, dtype, device)
         bias = torch.randn(n, device=device).to(dtype)
         got = op(x, weight, bias)
-        assert_close(got, product(x, expanded) + bias.double(), k)
+        assert_close(got, product(x, expanded) + bias.double(), x, expanded)
         assert torch.equal(op(x, weight, bias), got)
-        if n % 2 == 0:
-            # In two kernels the product is rounded in between, which the gate's slope passes on.
-            gated = op(x, weight, bias, activation="silu")
-            want = reference.act_mul(product(x, expanded) + bias.double(), "silu")
-            tolerance = {key: 8 * value for key, value in TOLERANCE[dtype].items()}
-            torch.testing.assert_close(gated.double(), want, **tolerance)
+        if not IS_INTERPRETED or kind is KINDS[1]:
+            check_joined(op, x, weight, bias, expanded)
         wide = torch.full((m, n + 8), 7.0, dtype=dtype, device=device)
         op(x, weight, None, wide[:, :n])
-        assert_close(wide[:, :n], product(x, expanded), k)
+        assert_close(wide[:, :n], product(x, expanded), x, expanded)
         assert (wide[:, n:] == 7.0).all()
     assert not weight.arrivals.any()
 
@@ -145,7 +177,7 @@ def test_tiles_of_one_row(device: torch.device, tiles: VectorTiles) -> None:
     x = torch.randn(1, k, device=device)
     out = torch.empty(1, n, device=device)
     module.vector_product(x, weight, None, out, tiles)
-    assert_close(out, product(x, want), k)
+    assert_close(out, product(x, want), x, want)
 
 
 @pytest.mark.parametrize("m", on_gpu_only(1, 40, 300) or [1])
@@ -169,7 +201,7 @@ def test_tiles_on_hopper(device: torch.device, tiles: ProductTiles, m: int) -> N
         expanded = quantised_reference.quantised_rows(weight, None, torch.float32)
         out = torch.full((m, n + 6), 7.0, dtype=torch.bfloat16, device=device)
         module.hopper_product(x, weight, None, out[:, :n], tiles)
-        assert_close(out[:, :n], product(x, expanded), k)
+        assert_close(out[:, :n], product(x, expanded), x, expanded)
         assert (out[:, n:] == 7.0).all()
         again = torch.empty_like(out)
         module.hopper_product(x, weight, None, again[:, :n], tiles)

@@ -19,13 +19,15 @@ from model_driver import PagedDriver
 
 from engine.layers.cpu_quantised import CPUFactory
 from engine.layers.gpu_quantised import CodedEmbedding, CodedLinear, GPUFactory, as_integers
+from engine.layers.linear import Linear
 from engine.layers.quantised_codes import QuantisedCodes
 from engine.layers.quantised_eight import QuantisedEight
 from engine.layers.quantised_linear import QuantisedLinear
 from engine.layers.rounding import round_weight
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import resolve_model
-from engine.models.decoder import Decoder, shapes_of
+from engine.models.decoder import Decoder, DecoderLayer, shapes_of
+from engine.models.quantised_loading import joins_codes
 from engine.models.quantiser import Quantiser
 from engine.models.registry import decoder_config
 
@@ -74,6 +76,34 @@ def saved(tmp_path: Path, **changes: object) -> tuple[Path, transformers.LlamaFo
     model = random_model(llama_config(**SIZES, **changes)).float()
     model.save_pretrained(tmp_path)
     return tmp_path, model
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("int4", False), ("int8", True)])
+def test_steps_of_one_row_join_norms_and_residual_sums_to_their_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tied: bool
+) -> None:
+    path, _ = saved(tmp_path, tie_word_embeddings=tied)
+    decoder = load(path, kind)
+    assert joins_codes(decoder)
+    apart = greedy(decoder, list(range(5, 25)), 8)
+    decoder._max_fused_tokens = 1  # as on a GPU in 16 bits
+    seen = []
+    fused = DecoderLayer.fused
+
+    def counted(layer: DecoderLayer, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(hidden.shape[0])
+        return fused(layer, hidden, *rest)
+
+    monkeypatch.setattr(DecoderLayer, "fused", counted)
+    assert greedy(decoder, list(range(5, 25)), 8) == apart
+    assert seen == [1] * 7 * decoder.config.num_layers
+
+
+def test_layers_without_codes_are_not_fused_with_those_that_have_some(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    decoder = load(path, "int4")
+    decoder.layers[1].mlp.down_proj = Linear(96, {"down_proj": 64}, device=CPU, dtype=torch.float32)
+    assert not joins_codes(decoder)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp8"])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.core.answer import Answer
 from engine.core.batch import CompletedStep, ScheduledBatch, StepOutput, TokenLogprobArrays
 from engine.core.pieces import pieces
 from engine.core.request import Request, Sequence, SequenceStatus
@@ -27,7 +28,6 @@ from engine.core.stream_pacing import StreamPacing
 from engine.errors import ConstraintError, EngineError, StepError
 from engine.handle import RequestSink, Wakeups
 from engine.outputs import (
-    CompletionOutput,
     Delta,
     FinishReason,
     Logprob,
@@ -35,7 +35,6 @@ from engine.outputs import (
     TokenLogprobs,
     Usage,
 )
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringMatcher
 
 if TYPE_CHECKING:
     from engine.core.scheduler import Scheduler
@@ -47,33 +46,12 @@ _NOTHING = StepOutput(np.empty(0, np.int64))
 
 
 @dataclass(slots=True)
-class _Answer:
-    """Text side of one sequence.
-
-    `num_seen` ids have gone through the detokenizer (made for the first of them) into `text`; of
-    these, `num_sent_tokens` ids and `num_sent_chars` characters were published. Ids past `num_seen`
-    wait in the table.
-    """
-
-    seq: Sequence
-    detokenizer: IncrementalDetokenizer | None
-    matcher: StopStringMatcher | None
-    text: str = ""
-    num_seen: int = 0
-    num_sent_tokens: int = 0
-    num_sent_chars: int = 0
-    logprobs: list[TokenLogprobs] | None = None
-    num_sent_logprobs: int = 0
-    output: CompletionOutput | None = None
-
-
-@dataclass(slots=True)
 class _Open:
     """A request that has not ended."""
 
     request: Request
     handle: RequestSink
-    answers: list[_Answer]
+    answers: list[Answer]
     is_streamed: bool = False
     deltas: list[Delta] | tuple[()] = ()  # a list once there are any
 
@@ -121,20 +99,9 @@ class OutputProcessor:
 
     def add(self, request: Request, handle: RequestSink) -> None:
         """Start to look after `request`."""
-        answers = [self._new_answer(seq) for seq in request.sequences]
+        answers = [Answer.begin(seq, self._tokenizer) for seq in request.sequences]
         self._open[request] = _Open(request, handle, answers)
         self._counters.prompt_tokens += request.num_prompt_tokens
-
-    def _new_answer(self, seq: Sequence) -> _Answer:
-        params = seq.request.params
-        answer = _Answer(seq, detokenizer=None, matcher=None)
-        if params.logprobs is not None:
-            answer.logprobs = []
-        if self._tokenizer is not None and params.stop:
-            answer.matcher = StopStringMatcher(
-                tuple(params.stop), include_stop=params.include_stop_str_in_output
-            )
-        return answer
 
     def start_stream(self, request: Request) -> None:
         """Publish deltas from now on; the first one catches up with all that is there."""
@@ -315,87 +282,20 @@ class OutputProcessor:
         if row >= 0:
             self._on_row_freed(row)
 
-    def _take_new_tokens(self, answer: _Answer) -> None:
-        """Run ids that are known but not seen through the detokenizer and the stop strings."""
-        new = self._scheduler.output_tokens(answer.seq, answer.num_seen)
-        answer.num_seen += len(new)
-        if self._tokenizer is None or not new:
-            return
-        seq = answer.seq
-        if answer.detokenizer is None:
-            answer.detokenizer = IncrementalDetokenizer(
-                self._tokenizer, skip_special_tokens=seq.request.params.skip_special_tokens
-            )
-        # A complete constraint ends an answer too, without such a token.
-        ends_with_stop_token = (
-            seq.finish_reason == "stop"
-            and new[-1] in seq.request.stop_token_ids
-            and not seq.request.params.include_stop_str_in_output
-        )
-        if ends_with_stop_token:
-            new = new[:-1]
-        text = answer.detokenizer.push(new)
-        if answer.matcher is None:
-            answer.text += text
-        else:
-            safe, _ = answer.matcher.push(text)
-            answer.text += safe
+    def _take_new_tokens(self, answer: Answer) -> None:
+        answer.take(self._scheduler.output_tokens(answer.seq, answer.num_seen))
 
-    def _finish_answer(self, entry: _Open, answer: _Answer) -> None:
-        """Flush what the detokenizer and the matcher held back, and make the answer's output."""
-        seq = answer.seq
-        matched = answer.matcher is not None and answer.matcher.matched is not None
-        if answer.detokenizer is not None and not matched:
-            tail = answer.detokenizer.flush()
-            if answer.matcher is None:
-                answer.text += tail
-            else:
-                safe, stop = answer.matcher.push(tail)
-                answer.text += safe
-                if stop is None:
-                    answer.text += answer.matcher.flush()
-                else:
-                    seq.finish_reason, seq.stop_reason = "stop", stop
-        token_ids = self._scheduler.output_tokens(seq)
-        logprobs = answer.logprobs
-        answer.output = CompletionOutput(
-            index=seq.index,
-            text=answer.text,
-            token_ids=list(token_ids),
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-            logprobs=logprobs,
-            cumulative_logprob=None
-            if logprobs is None
-            else sum(
-                at[token_id].logprob for at, token_id in zip(logprobs, token_ids, strict=False)
-            ),
-        )
+    def _finish_answer(self, entry: _Open, answer: Answer) -> None:
+        answer.finish(self._scheduler.output_tokens(answer.seq))
         if entry.is_streamed:
             self._emit(entry, answer)
 
-    def _emit(self, entry: _Open, answer: _Answer) -> None:
-        """Queue a delta with what is new; nothing when nothing is, except at the end."""
-        text = answer.text[answer.num_sent_chars :]
+    def _emit(self, entry: _Open, answer: Answer) -> None:
+        """Queue a delta with what is new, if anything is."""
         new_ids = self._scheduler.output_tokens(answer.seq, answer.num_sent_tokens)
-        is_last = answer.output is not None
-        if not text and not new_ids and not is_last:
-            return
-        logprobs = None
-        if answer.logprobs is not None:
-            logprobs = answer.logprobs[answer.num_sent_logprobs :]
-            answer.num_sent_logprobs = len(answer.logprobs)
-        answer.num_sent_chars = len(answer.text)
-        answer.num_sent_tokens += len(new_ids)
-        delta = Delta(
-            index=answer.seq.index,
-            text=text,
-            token_ids=new_ids,
-            finish_reason=answer.seq.finish_reason if is_last else None,
-            stop_reason=answer.seq.stop_reason if is_last else None,
-            logprobs=logprobs,
-        )
-        entry.deltas = [*entry.deltas, delta]
+        delta = answer.next_delta(new_ids)
+        if delta is not None:
+            entry.deltas = [*entry.deltas, delta]
 
     def _finish_request(self, entry: _Open) -> None:
         """Answer the handle once every answer of the request has ended."""

@@ -1,7 +1,8 @@
-"""Attention of a mixed batch on a GPU: decodes to one kernel, prefills to the other."""
+"""Attention of a mixed batch on a GPU: decodes to one kernel, prefills to the other, at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,10 @@ def paged_attention(
         "sinks": sinks,
         "chunk_size": chunk_size,
     }
-    if num_decodes:
+    # Where the device knows the counts, `num_decodes` is a bound: prefills may start before it.
+    has_prefills = metadata.max_prefills > 0 if is_captured else metadata.num_seqs > num_decodes
+
+    def decodes() -> None:
         decode_attention(
             q[:num_decodes],
             k_cache,
@@ -60,8 +64,31 @@ def paged_attention(
             batch_invariant=batch_invariant,
             **options,
         )
-    # Where the device knows the counts, `num_decodes` is a bound: prefills may start before it.
-    has_prefills = metadata.max_prefills > 0 if is_captured else metadata.num_seqs > num_decodes
-    if has_prefills:
+
+    def prefills() -> None:
         prefill_attention(q, k_cache, v_cache, metadata, out, **options)
+
+    if num_decodes and has_prefills and metadata.side_stream is not None:
+        _side_by_side(decodes, prefills, metadata.side_stream)
+    else:
+        if num_decodes:
+            decodes()
+        if has_prefills:
+            prefills()
     return out
+
+
+def _side_by_side(
+    first: Callable[[], None], second: Callable[[], None], side: torch.cuda.Stream
+) -> None:
+    """Launch `second` on `side`, where it waits for what came before `first`, but not for `first`.
+
+    What follows on the current stream waits for both. Decodes go first: they wait for memory, and
+    prefills multiply in between and on the multiprocessors where decodes end early.
+    """
+    main = torch.cuda.current_stream(side.device)
+    side.wait_stream(main)
+    first()
+    with torch.cuda.stream(side):
+        second()
+    main.wait_stream(side)

@@ -35,15 +35,12 @@ instead of branches, an item and a block id early; a branch would end the pipeli
 The query heads of one KV head are the rows of one tile, padded to 16 for the tensor cores: the
 keys are read once for all of them, and padding rows cost nothing where bandwidth is the limit.
 
-Narrow KV heads can be taken several at once (`max_columns`), as one head with all their columns: a
-query is zero in the columns of other heads, and of its sums those columns count for nothing. That
-reads a token's keys in one piece, where every head by itself is 128 bytes out of every 384, and a
-softmax serves three times the bytes. Not chosen yet: see docs/KERNELS.md.
-
 8-bit caches: `kv_cache`, and `eight_bits` for how their numbers reach the tensor cores.
 
-Shared prefixes are computed by the kernel before (`shared_prefix`). Where the device can, this one
-starts while that one runs, and waits for it before it joins anything.
+Where the device can, this kernel starts while the one before it runs. That is the one that stores
+queries, keys and values: each program reads its share of the plan, which is older (but in the layer
+that makes it), and waits. Or it is the one of shared prefixes (`shared_prefix`), which has waited
+for all those itself: then programs wait before they join anything.
 
 Numerics: see `attention_tiles`; partial sums are fp32. All offsets that multiply a stride are
 int64. constexpr: everything that is fixed per model. Batch size, list length and the number of
@@ -71,7 +68,7 @@ from engine.kernels.attention_tiles import (
 )
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.decode_merge import load_arrivals, merge_finished
-from engine.kernels.decode_plan import COLUMN, ITEM, plan_decode
+from engine.kernels.decode_plan import COLUMN, ITEM, DecodePlan, plan_decode
 from engine.kernels.decode_tiles import DecodeTiles as DecodeTiles
 from engine.kernels.decode_tiles import decode_tiles as decode_tiles
 from engine.kernels.eight_bits import columns_of_pairs, widened
@@ -137,7 +134,7 @@ def _places(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["is_plan_new"])
 def _split_kernel(
     q_ptr,
     k_ptr,
@@ -161,8 +158,8 @@ def _split_kernel(
     stride_scales,
     stride_table,
     stride_out,
+    is_plan_new,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -171,6 +168,7 @@ def _split_kernel(
     HAS_SOFTCAP: tl.constexpr,
     IS_ASSEMBLED: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr,
     ITEM: tl.constexpr,
     COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -182,31 +180,26 @@ def _split_kernel(
     BLOCK_ITEMS: tl.constexpr,
 ):
     num_q_heads: tl.constexpr = HEADS * GROUP
-    width: tl.constexpr = KV_HEADS * HEAD_DIM
+    # Nested, because the outer branch is taken by the compiler.
+    if STARTS_EARLY and not HAS_PREFIXES:  # noqa: SIM102
+        if is_plan_new:
+            gdc_wait()
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     in_tile = tl.arange(0, BLOCK_N)
-    is_column = (columns < width)[None, :]
+    is_column = (columns < HEAD_DIM)[None, :]
     is_row = rows < GROUP
     heads = head * GROUP + rows
-    if KV_HEADS == 1:
-        mask = is_row[:, None] & is_column
-        in_head = columns
-    else:
-        # Each row has the columns of its own KV head.
-        mask = is_row[:, None] & (
-            rows[:, None] // (GROUP // KV_HEADS) == columns[None, :] // HEAD_DIM
-        )
-        in_head = columns % HEAD_DIM
+    mask = is_row[:, None] & is_column
     out_mask = mask
-    q_ptrs = q_ptr + (heads * stride_q_head)[:, None] + in_head[None, :]
-    out_columns = in_head
+    q_ptrs = q_ptr + (heads * stride_q_head)[:, None] + columns[None, :]
+    out_columns = columns
     if k_scales_ptr is not None:
         # Sums of 8-bit values come with even columns first: see `columns_of_pairs`.
         pair_columns = tl.arange(0, BLOCK_D // 2)
         out_columns = columns % (BLOCK_D // 2) * 2 + columns // (BLOCK_D // 2)
-        out_mask = is_row[:, None] & (out_columns < width)[None, :]
+        out_mask = is_row[:, None] & (out_columns < HEAD_DIM)[None, :]
         k_scales_ptr += head * BLOCK_SIZE
         v_scales_ptr += head * BLOCK_SIZE
 
@@ -226,6 +219,8 @@ def _split_kernel(
 
     arrivals = load_arrivals(items_ptr, first_item + tl.arange(0, BLOCK_ITEMS), end_item, ITEM)
 
+    if STARTS_EARLY and not HAS_PREFIXES:
+        gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -265,7 +260,7 @@ def _split_kernel(
             first += head * (stride_cache_head // 2)
             half: tl.constexpr = STRIDE_CACHE_TOKEN // 2
             places = _places(first, tile, in_tile, pair_columns, BLOCK_N, BLOCK_SIZE, half)
-            is_pair = visible[:, None] & (pair_columns < width // 2)[None, :]
+            is_pair = visible[:, None] & (pair_columns < HEAD_DIM // 2)[None, :]
             pairs = tl.load(v_ptr + places, mask=is_pair, other=0)
             v = columns_of_pairs(pairs, q.dtype, k_ptr.dtype.element_ty == tl.int8, IS_ASSEMBLED)
         acc = add_values(probs, v, acc, v_scales_ptr, scale_places, visible, q.dtype)
@@ -298,7 +293,7 @@ def _split_kernel(
         table_ptr = block_table_ptr + item[1].to(tl.int64) * stride_table
         block_ids = _load_block_ids(table_ptr, tile, in_tile, item[3], BLOCK_N, BLOCK_SIZE)
 
-    if STARTS_EARLY:
+    if STARTS_EARLY and HAS_PREFIXES:
         gdc_wait()
     merge_finished(
         arrivals,
@@ -361,22 +356,24 @@ def decode_attention(
     num_seqs, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
-    tiles = tiles or decode_tiles(q.dtype, head_dim, keys.dtype)
+    group = num_q_heads // num_kv_heads
+    tiles = tiles or decode_tiles(q.dtype, head_dim, keys.dtype, group)
     tiles_of_prefixes = tiles_of_prefixes or prefix_tiles(q.dtype, head_dim)
-    kv_heads = tiles.kv_heads(k_cache, num_q_heads // num_kv_heads)
-    # A program's own view: its KV heads are one, and so are their groups.
-    num_heads, group = num_kv_heads // kv_heads, num_q_heads // num_kv_heads * kv_heads
     num_processors = num_multiprocessors(q.device)
-    num_columns = max(1, num_processors * tiles.programs_per_processor // num_heads)
+    num_columns = max(1, num_processors * tiles.programs_per_processor // num_kv_heads)
     layout = tiles.layout(num_columns, batch_invariant)
     prefix_layout = tiles_of_prefixes.layout(num_processors)
-    heads = (num_q_heads, num_kv_heads, num_heads)
+    heads = (num_q_heads, num_kv_heads)
     reach = (sliding_window, chunk_size)
     key = ("decode plan", reach, heads, num_seqs, block_size, layout, prefix_layout)
-    plan = metadata.once_per_step(
-        key,
-        lambda: plan_decode(metadata, num_seqs, *heads, block_size, *reach, layout, prefix_layout),
-    )
+    is_plan_new = False
+
+    def make() -> DecodePlan:
+        nonlocal is_plan_new
+        is_plan_new = True
+        return plan_decode(metadata, num_seqs, *heads, block_size, *reach, layout, prefix_layout)
+
+    plan = metadata.once_per_step(key, make)
     partial, stats = (
         torch.empty((plan.max_places, *shape), dtype=torch.float32, device=q.device)
         for shape in ((num_q_heads, head_dim), (2, num_q_heads))
@@ -396,9 +393,9 @@ def decode_attention(
             softcap,
             tiles_of_prefixes,
         )
-    starts_early = has_prefixes and starts_kernels_early(q.device)
+    starts_early = starts_kernels_early(q.device)
     block_g, block_g_d = triton.next_power_of_2(group), max(triton.next_power_of_2(head_dim), 16)
-    _split_kernel[(num_columns * num_heads,)](
+    _split_kernel[(num_columns * num_kv_heads,)](
         q,
         keys,
         values if v_scales is None else values.view(torch.int16),
@@ -417,24 +414,25 @@ def decode_attention(
         q.stride(0),
         q.stride(1),
         keys.stride(0),
-        keys.stride(2) * kv_heads,
+        keys.stride(2),
         0 if k_scales is None else k_scales.stride(0),
         metadata.block_table.stride(0),
         out.stride(0),
-        HEADS=num_heads,
-        KV_HEADS=kv_heads,
+        int(is_plan_new),
+        HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         STRIDE_CACHE_TOKEN=keys.stride(1),
         HAS_LOW=bool(sliding_window or chunk_size),
         HAS_SOFTCAP=logit_softcap != 0.0,
-        IS_ASSEMBLED=q.dtype == torch.bfloat16 and starts_kernels_early(q.device),
+        IS_ASSEMBLED=q.dtype == torch.bfloat16 and starts_early,
         STARTS_EARLY=starts_early,
+        HAS_PREFIXES=has_prefixes,
         ITEM=ITEM,
         COLUMN=COLUMN,
         BLOCK_M=max(16, block_g),
-        BLOCK_D=max(triton.next_power_of_2(kv_heads * head_dim), 16),
+        BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_N=tiles.block_n,
         BLOCK_G=block_g,
         BLOCK_G_D=block_g_d,

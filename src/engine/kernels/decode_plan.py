@@ -32,7 +32,7 @@ keys, but no prefix has more than `max_prefix_parts`.
 | columns_ptr      | [C + 1, COLUMN] int32    | written: see below                                |
 | items_ptr        | [items, ITEM] int32      | written                                           |
 | places_ptr       | [B] int32                | written: first place in the partials              |
-| arrivals_ptr     | [B * HEADS] int32        | written: zeros; HEADS programs make a column      |
+| arrivals_ptr     | [B * Hkv] int32          | written: zeros                                    |
 | prefix_items_ptr | [1 + items, ITEM] int32  | written: the number of items in the first, items  |
 | others           | int32                    | see `metadata.SharedPrefixes`; None: no groups    |
 
@@ -219,7 +219,6 @@ def _plan_kernel(
     prefix_programs,
     min_prefix_tiles,
     max_prefix_parts,
-    HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -313,8 +312,8 @@ def _plan_kernel(
         in_places = tl.where(num_parts > 1, num_parts, 0)
         place = num_places + tl.cumsum(in_places, axis=0) - in_places
         tl.store(places_ptr + seqs, place, mask=is_seq)
-        for head in tl.static_range(HEADS):
-            tl.store(arrivals_ptr + seqs * HEADS + head, 0, mask=is_seq)
+        for head in tl.static_range(NUM_KV_HEADS):
+            tl.store(arrivals_ptr + seqs * NUM_KV_HEADS + head, 0, mask=is_seq)
         for part in range(tl.max(num_own, axis=0)):
             is_item = part < num_own
             if SPLIT > 0:
@@ -389,7 +388,6 @@ def plan_decode(
     num_seqs: int,
     num_q_heads: int,
     num_kv_heads: int,
-    heads: int,
     block_size: int,
     sliding_window: int | None,
     chunk_size: int | None,
@@ -398,7 +396,6 @@ def plan_decode(
 ) -> DecodePlan:
     """Plan the leading `num_seqs` sequences, or the first `metadata.device_counts[0]` of them.
 
-    `heads` programs make a column, each with as many KV heads as the others.
     Under a sliding window or in chunks, and with a layout that does not depend on the batch, nobody
     shares a prefix.
     """
@@ -421,7 +418,7 @@ def plan_decode(
         columns=integers(layout.num_columns + 1, COLUMN),
         items=integers(layout.max_items(num_seqs), ITEM),
         places=integers(num_seqs),
-        arrivals=integers(num_seqs * heads),
+        arrivals=integers(num_seqs * num_kv_heads),
         max_places=max_places,
         prefix_items=None if groups is None else integers(1 + max_prefix_items, ITEM),
     )
@@ -448,7 +445,6 @@ def plan_decode(
         prefix_layout.num_programs,
         prefix_layout.min_tiles,
         prefix_layout.max_parts,
-        HEADS=heads,
         NUM_KV_HEADS=num_kv_heads,
         GROUP_HEADS=group_heads,
         BLOCK_SIZE=block_size,

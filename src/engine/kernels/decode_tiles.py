@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.decode_layout import SplitLayout
-from engine.kernels.kv_cache import LIMITS, KVTensor, QuantisedCache
+from engine.kernels.kv_cache import LIMITS
 
 # Bounds the workspace of `batch_invariant`: every sequence may have so many parts.
 _MAX_FIXED_PARTS = 32
@@ -22,7 +22,6 @@ class DecodeTiles:
         num_stages: Tiles of keys in flight, plus one.
         num_warps: Warps per program.
         programs_per_processor: Programs that share a multiprocessor.
-        max_columns: Elements of a token's keys that a program reads at most; a head in any case.
         min_tiles: Fewest tiles of a program that has work.
         snap: Fewest tiles of a part, at most `min_tiles`.
         max_parts: Most parts of a sequence.
@@ -34,7 +33,6 @@ class DecodeTiles:
     num_stages: int
     num_warps: int
     programs_per_processor: int
-    max_columns: int = 0
     min_tiles: int = 4
     snap: int = 2
     max_parts: int = 64
@@ -52,26 +50,12 @@ class DecodeTiles:
             split=self.split if batch_invariant else 0,
         )
 
-    def kv_heads(self, k_cache: KVTensor, group: int) -> int:
-        """KV heads that a program takes at once: a divisor of theirs, 16 query heads at most.
 
-        One in 8 bits, where each has its own scales.
-        """
-        num_kv_heads, head_dim = k_cache.shape[2:]
-        if isinstance(k_cache, QuantisedCache) or k_cache.stride(2) != head_dim:
-            return 1
-        return max(
-            count
-            for count in range(1, num_kv_heads + 1)
-            if num_kv_heads % count == 0
-            and (count == 1 or (count * group <= 16 and count * head_dim <= self.max_columns))
-        )
+def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype, group: int) -> DecodeTiles:
+    """Tiles for queries of a dtype, a head size, what the cache stores, and heads per KV head.
 
-
-def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> DecodeTiles:
-    """Tiles for queries of a dtype, a head size, and the dtype that the cache stores.
-
-    Programs per processor are as many as its 227 KiB of shared memory and 64 Ki registers hold.
+    Programs per processor are as many as its 227 KiB of shared memory and four times 16 Ki
+    registers hold: those of a warp lie in one quarter.
     """
     if dtype == torch.float32:
         return DecodeTiles(32, 2, 4, 2)
@@ -80,6 +64,9 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, stored: torch.dtype) -> Deco
     if stored in LIMITS:
         # Twice the keys, for as many bytes: half the instructions that are spent per tile.
         return DecodeTiles(128, 2 if head_dim > 64 else 3, 4, 3, max_registers=168)
+    if group > 16:
+        # More rows than the tensor cores take at once; two warps' registers would not hold them.
+        return DecodeTiles(64, 3, 4, 2 if head_dim > 64 else 3, max_registers=168)
     if head_dim > 64:
-        return DecodeTiles(64, 3, 4, 2)
-    return DecodeTiles(64, 3, 4, 4, max_registers=128)
+        return DecodeTiles(64, 2, 2, 4)
+    return DecodeTiles(64, 2, 2, 6, max_registers=168)

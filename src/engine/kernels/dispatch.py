@@ -12,7 +12,7 @@ from engine.kernels import cpu
 from engine.kernels.kv_cache import KVTensor
 from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.moe_reference import Routing
-from engine.kernels.quantised_layout import CodePlanes
+from engine.kernels.quantised_layout import CodePlanes, NormOfRows
 
 PUBLIC_OPS = (
     "rms_norm",
@@ -434,13 +434,24 @@ def quantised_linear(
     *,
     batch_invariant: bool = False,
     activation: str | None = None,
+    norm: NormOfRows | None = None,
+    adds: bool = False,
 ) -> torch.Tensor:
-    """`x @ w.T + bias` with codes, gated on demand; see `quantised_reference.quantised_linear`."""
+    """`x @ w.T + bias` with codes; see `quantised_reference.quantised_linear`."""
     if x.is_cuda:
         from engine.kernels.quantised_linear import quantised_linear as op
     else:
         op = cpu.quantised_linear
-    return op(x, weight, bias, out, batch_invariant=batch_invariant, activation=activation)
+    return op(
+        x,
+        weight,
+        bias,
+        out,
+        batch_invariant=batch_invariant,
+        activation=activation,
+        norm=norm,
+        adds=adds,
+    )
 
 
 def quantised_rows(

@@ -35,7 +35,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from engine.kernels.attention_tiles import starts_kernels_early
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.few_row_product import products, row_scales, row_sums
 from engine.kernels.few_row_tiles import tiles_for
@@ -79,7 +81,10 @@ def _normed_qkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
 ):
+    if STARTS_NEXT:
+        gdc_launch_dependents()
     tiles_per_head: tl.constexpr = HALF // BLOCK_N
     head = tl.program_id(0) // tiles_per_head
     in_head = tl.program_id(0) % tiles_per_head * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,6 +213,7 @@ def normed_qkv(
         BLOCK_N=block_n,
         BLOCK_K=tiles.block_k,
         NUM_STAGES=tiles.num_stages,
+        STARTS_NEXT=starts_kernels_early(hidden.device),
         num_warps=tiles.num_warps,
         enable_fp_fusion=True,
     )

@@ -35,8 +35,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from engine.kernels import stream_tiles
+from engine.kernels.attention_tiles import starts_kernels_early
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.fused_product import (
     await_input,
@@ -123,7 +125,10 @@ def _scaled_qkv_kernel(
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
 ):
+    if STARTS_NEXT and not USE_PDL:
+        gdc_launch_dependents()
     pairs: tl.constexpr = BLOCK_N // 2
     tiles_per_head: tl.constexpr = HALF // pairs
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
@@ -325,6 +330,7 @@ def scaled_qkv(
         HAS_ROTATION=cos_sin is not None,
         LIMIT=LIMITS.get(keys.dtype, 0.0),
         BLOCK_SQUARES=squares_block(num_squares),
+        STARTS_NEXT=starts_kernels_early(x.device),
         **{**tiles.constants(num_inner), "BLOCK_N": block_n},
     )
     return q

@@ -64,6 +64,8 @@ class AttentionMetadata:
             `num_decodes` and the shapes are exact.
         max_prefills: With `device_counts`, an upper bound on the prefilling sequences.
         shared_prefixes: Decoding sequences that share blocks; None: nobody does, or nobody looked.
+        side_stream: CUDA stream on which prefills are computed beside the decodes of the same
+            layer; None: after them.
         seq_lens_host: `seq_lens` as a list for the plain-torch path; None under CUDA graphs.
         query_lens_host: `query_lens` as a list, likewise.
         block_table_host: Per sequence the list of its block ids (only those in use), likewise.
@@ -84,6 +86,7 @@ class AttentionMetadata:
     device_counts: torch.Tensor | None = None
     max_prefills: int = 0
     shared_prefixes: SharedPrefixes | None = None
+    side_stream: torch.cuda.Stream | None = None
     seq_lens_host: list[int] | None = None
     query_lens_host: list[int] | None = None
     block_table_host: list[list[int]] | None = None

@@ -179,7 +179,7 @@ def load(
 
 
 @gluon.jit
-def _round(weights, dtype: gl.constexpr):
+def round_pairs(weights, dtype: gl.constexpr):
     """To 16 bit, two at a time: the compiler's own conversion swaps the halves and swaps them back.
 
     One instruction per two weights instead of two, in front of every product.
@@ -261,7 +261,7 @@ def _attend_tiles(
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(empty.index(stage), count=1)
         acc = acc * gl.convert_layout(rescale, acc_rows)[:, None]
-        operand = gl.convert_layout(_round(weights, operand.dtype), operand.type.layout)
+        operand = gl.convert_layout(round_pairs(weights, operand.dtype), operand.type.layout)
     return acc, operand, row_max, row_sum, stage, phase
 
 
@@ -345,7 +345,7 @@ def attend(
             )
             next_stage, next_phase = _next_slot(stage, phase, stages)
             mbarrier.wait(k_full.index(next_stage), next_phase, pred=block_n < end)
-            operand = gl.convert_layout(_round(weights, dtype), operand_of)
+            operand = gl.convert_layout(round_pairs(weights, dtype), operand_of)
 
             # Keys that all rows see; a consumer whose rows lie after the end has as many tiles.
             diagonal = gl.minimum(first_position + CONSUMER * rows // GROUP + 1, end)

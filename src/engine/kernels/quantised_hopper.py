@@ -46,6 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.compile_ahead import launchable
+from engine.kernels.prefill_roles import round_pairs
 from engine.kernels.quantised_layout import BUNDLE, CodePlanes
 from engine.kernels.quantised_lookup import entry_of, look_up
 from engine.kernels.quantised_tiles import ProductTiles
@@ -55,19 +56,6 @@ from engine.kernels.quantised_unpack import growth_of, strip_weights
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _WIDEST_SWIZZLE = 128
-
-
-@gluon.jit
-def _round(weights, dtype: gl.constexpr):
-    """To 16 bit, two at a time; see `prefill_roles`."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [weights], gl.bfloat16, True, 2
-        )
-    else:  # noqa: RET505 - a compile-time branch: only one of them is traced
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [weights], gl.float16, True, 2
-        )
 
 
 @gluon.jit
@@ -176,7 +164,7 @@ def _unpack(
             )
         if dtype == gl.float16:
             weight *= growth_of(EXPONENT_BITS, HAS_TABLE)
-        strips = strips + (_round(weight, dtype),)  # noqa: RUF005 - no stars in Triton's tuples
+        strips = strips + (round_pairs(weight, dtype),)  # noqa: RUF005 - no stars in Triton's tuples
     # [N, 16, bit 0 of the strip's number, bit 1, bit 2]
     lower = gl.join(gl.join(strips[0], strips[1]), gl.join(strips[2], strips[3]))
     upper = gl.join(gl.join(strips[4], strips[5]), gl.join(strips[6], strips[7]))

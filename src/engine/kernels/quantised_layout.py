@@ -140,6 +140,21 @@ class CodePlanes:
         return sum(part.numel() * part.itemsize for part in parts if part is not None)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NormOfRows:
+    """A norm of x that joins a product: `x / rms(x) * (weight + offset)`.
+
+    Attributes:
+        weight: [K].
+        eps: Added to the mean square.
+        offset: 1.0 where weights are stored around 0, as Gemma's.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
 def byte_order(num_bundles: int, device: torch.device) -> torch.Tensor:
     """Column of every byte of a row of 8-bit codes, [128 num_bundles] int64."""
     in_bundle = torch.arange(BUNDLE, device=device).view(2, 4, STRIP).transpose(1, 2).reshape(-1)

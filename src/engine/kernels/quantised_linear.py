@@ -33,7 +33,7 @@ from engine.errors import ConfigError
 from engine.kernels.act_mul import act_mul
 from engine.kernels.quantised_bytes import bytes_product
 from engine.kernels.quantised_expand import expand_rows
-from engine.kernels.quantised_layout import CodePlanes
+from engine.kernels.quantised_layout import CodePlanes, NormOfRows
 from engine.kernels.quantised_product import matrix_product
 from engine.kernels.quantised_tiles import (
     MOST_ROWS_BEFORE_BYTES,
@@ -44,10 +44,12 @@ from engine.kernels.quantised_tiles import (
 )
 from engine.kernels.quantised_vector import vector_product
 from engine.kernels.reference import ACTIVATIONS, unknown_activation_message
+from engine.kernels.rms_norm import rms_norm
 
 _PART_BYTES = 32 << 20
 """Of an expanded weight at a time: less than the L2 cache of an H100, 50 MB."""
-
+_FEWEST_PART_ROWS = 4096
+"""Of a part, whatever it takes: the library's product of fewer does not fill the GPU."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,48 +89,80 @@ def quantised_linear(
     *,
     batch_invariant: bool = False,
     activation: str | None = None,
+    norm: NormOfRows | None = None,
+    adds: bool = False,
 ) -> torch.Tensor:
     """See `quantised_reference.quantised_linear`."""
-    num_rows = x.shape[0]
-    gluon = gluon_kernels() if x.is_cuda else None
-    is_one_row = (
-        num_rows == 1
-        and not batch_invariant
-        and gluon is not None
-        and gluon.one_row.multiplies_one_row(weight)
-    )
-    if activation is not None and not is_one_row:
-        y = quantised_linear(x, weight, bias, batch_invariant=batch_invariant)
-        return act_mul(y, activation)
     if activation is not None and activation not in ACTIVATIONS:
         raise ConfigError(unknown_activation_message(activation))
-    if weight.columns is not None:
-        x = x.index_select(1, weight.columns)
-    elif x.stride(1) != 1:
-        x = x.contiguous()
-    if out is None:
-        out = x.new_empty(num_rows, weight.shape[0] // (1 if activation is None else 2))
-    if not num_rows:
+    num_rows = x.shape[0]
+    gluon = gluon_kernels() if x.is_cuda else None
+    if (
+        gluon is not None
+        and num_rows == 1
+        and not batch_invariant
+        and gluon.one_row.multiplies_one_row(weight)
+        and (norm is None or weight.columns is None)
+    ):
+        x = _columns_of(x, weight)
+        if out is None:
+            out = x.new_empty(1, weight.shape[0] // (1 if activation is None else 2))
+        gluon.one_row.one_row_product(
+            x, weight, bias, out, activation=activation, norm=norm, adds=adds
+        )
         return out
-    hopper = None
-    if gluon is not None and gluon.hopper.multiplies_on_hopper(x, weight):
-        hopper = gluon.hopper
-    if batch_invariant:
-        _several_rows(hopper, x, weight, bias, out, invariant_tiles(x.dtype))
-    elif gluon is not None and is_one_row:
-        gluon.one_row.one_row_product(x, weight, bias, out, activation=activation)
-    elif num_rows == 1:
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps, norm.offset)
+    x = _columns_of(x, weight)
+    is_direct = out is not None and activation is None and not adds
+    y = out if out is not None and is_direct else x.new_empty(num_rows, weight.shape[0])
+    if num_rows:
+        hopper = None
+        if gluon is not None and gluon.hopper.multiplies_on_hopper(x, weight):
+            hopper = gluon.hopper
+        _product(hopper, x, weight, bias, y, batch_invariant=batch_invariant)
+    if activation is not None:
+        y = act_mul(y, activation)
+    if out is None or is_direct:
+        return y
+    return out.add_(y) if adds else out.copy_(y)
+
+
+def _columns_of(x: torch.Tensor, weight: CodePlanes) -> torch.Tensor:
+    """X in the order of the weight's columns, stride 1 along them."""
+    if weight.columns is not None:
+        return x.index_select(1, weight.columns)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _product(
+    hopper: ModuleType | None,
+    x: torch.Tensor,
+    weight: CodePlanes,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    batch_invariant: bool,
+) -> None:
+    """Write the product of x [M, K] to `out` [M, N] by the kernel for so many rows."""
+    num_rows = x.shape[0]
+    if num_rows == 1 and not batch_invariant:
         vector_product(x, weight, bias, out)
-    elif weight.multiplies_bytes and num_rows > MOST_ROWS_BEFORE_BYTES:
+        return
+    if weight.multiplies_bytes and num_rows > MOST_ROWS_BEFORE_BYTES and not batch_invariant:
         bytes_product(x, weight, bias, out)
+        return
+    if batch_invariant:
+        tiles: ProductTiles | None = invariant_tiles(x.dtype)
+    elif hopper is None:
+        tiles = product_tiles(num_rows, weight, x.dtype)
     else:
-        choose = product_tiles if hopper is None else hopper_tiles
-        tiles = choose(num_rows, weight, x.dtype)
-        if tiles is not None:
-            _several_rows(hopper, x, weight, bias, out, tiles)
-        else:
-            _expanded_product(x, weight, bias, out)
-    return out
+        tiles = hopper_tiles(num_rows, weight)
+    if tiles is None:
+        _expanded_product(x, weight, bias, out)
+    else:
+        multiply = matrix_product if hopper is None else hopper.hopper_product
+        multiply(x, weight, bias, out, tiles)
 
 
 def quantised_rows(
@@ -141,23 +175,11 @@ def quantised_rows(
     return out
 
 
-def _several_rows(
-    hopper: ModuleType | None,
-    x: torch.Tensor,
-    weight: CodePlanes,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    tiles: ProductTiles,
-) -> None:
-    product = matrix_product if hopper is None else hopper.hopper_product
-    product(x, weight, bias, out, tiles)
-
-
 def _expanded_product(
     x: torch.Tensor, weight: CodePlanes, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     num_cols, num_inner = weight.shape
-    part = max(256, _PART_BYTES // (num_inner * x.itemsize) // 256 * 256)
+    part = max(_FEWEST_PART_ROWS, _PART_BYTES // (num_inner * x.itemsize) // 256 * 256)
     room = x.new_empty(min(part, num_cols), num_inner)
     for first in range(0, num_cols, part):
         expanded = room[: min(part, num_cols - first)]

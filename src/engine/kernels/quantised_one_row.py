@@ -30,7 +30,7 @@ from triton.experimental.gluon import language as gl
 
 from engine.kernels.act_mul import activate
 from engine.kernels.compile_ahead import launchable
-from engine.kernels.quantised_layout import BUNDLE, CodePlanes
+from engine.kernels.quantised_layout import BUNDLE, CodePlanes, NormOfRows
 from engine.kernels.quantised_lookup import entry_of, look_up
 from engine.kernels.quantised_tiles import VectorTiles, one_row_tiles
 from engine.kernels.quantised_unpack import group_of, growth_of_products, load_words, strip_products
@@ -56,14 +56,33 @@ def _fours(values, layout: gl.constexpr):
 
 @gluon.jit
 def _load_strip(
-    x_ptrs, columns, num_inner, STRIP: gl.constexpr, EVEN_K: gl.constexpr, layout: gl.constexpr
+    x_ptr,
+    norm_ptr,
+    columns,
+    num_inner,
+    norm_offset,
+    STRIP: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    layout: gl.constexpr,
 ):
-    """X of a strip of the bundles, four times [bundles, 4] fp32, zero beyond K."""
+    """(x of a strip of the bundles [bundles, 16], the same times the norm's weight, in fours).
+
+    Fp32, zero beyond K.
+    """
+    places = columns + STRIP * 16
     if EVEN_K:
-        x = gl.load(x_ptrs + STRIP * 16)
+        x = gl.load(x_ptr + places).to(gl.float32)
     else:
-        x = gl.load(x_ptrs + STRIP * 16, mask=columns + STRIP * 16 < num_inner, other=0.0)
-    return _fours(x.to(gl.float32), layout)
+        x = gl.load(x_ptr + places, mask=places < num_inner, other=0.0).to(gl.float32)
+    weighed = x
+    if HAS_NORM:
+        if EVEN_K:
+            norm = gl.load(norm_ptr + places)
+        else:
+            norm = gl.load(norm_ptr + places, mask=places < num_inner, other=0.0)
+        weighed = x * (norm.to(gl.float32) + norm_offset)
+    return x, _fours(weighed, layout)
 
 
 @launchable
@@ -76,6 +95,8 @@ def _one_row_kernel(
     minima_ptr,
     table_ptr,
     bias_ptr,
+    norm_ptr,
+    residual_ptr,
     out_ptr,
     num_out,
     num_cols,
@@ -83,6 +104,8 @@ def _one_row_kernel(
     num_bundles,
     num_groups,
     factor,
+    norm_offset,
+    eps,
     GROUP: gl.constexpr,
     SUB: gl.constexpr,
     MAIN_BITS: gl.constexpr,
@@ -92,6 +115,8 @@ def _one_row_kernel(
     HAS_MINIMA: gl.constexpr,
     HAS_TABLE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
     EVEN_K: gl.constexpr,
     EVEN_N: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -131,6 +156,7 @@ def _one_row_kernel(
     scale_in_round = gl.arange(0, block_b, gl.SliceLayout(1, scales_of))
 
     acc = gl.zeros([block_b, BLOCK_N, _WORD_LANES], gl.float32, fours_of)
+    squares = gl.zeros([block_b, 16], gl.float32, x_of)
     for first in range(0, num_bundles, block_b):
         bundles = gl.minimum(first + in_round, num_bundles - 1)
         places = (word_rows[None, :] + bundles[:, None]) * 16
@@ -142,7 +168,6 @@ def _one_row_kernel(
         seconds = _fours(second, fours_of)
         extras = _fours(extra, fours_of)
         columns = (first + x_in_round)[:, None] * 128 + x_word[None, :]
-        x_ptrs = x_ptr + columns
         # All loads of the round are on their way before the first product.
         scale_bundles = gl.minimum(first + scale_in_round, num_bundles - 1)
         scales = ()
@@ -156,16 +181,29 @@ def _one_row_kernel(
         for part in gl.static_range(0, 8, SUB):
             products = gl.zeros([block_b, BLOCK_N, _WORD_LANES], gl.float32, fours_of)
             x_sum = gl.zeros([block_b, _WORD_LANES], gl.float32, x_fours_of)
-            if HAS_MINIMA or ZERO != 0:
-                for strip in gl.static_range(part, part + SUB):
-                    x0, x1, x2, x3 = _load_strip(
-                        x_ptrs, columns, num_inner, strip, EVEN_K, x_fours_of
-                    )
-                    x_sum += (x0 + x1) + (x2 + x3)
+            xs = ()
+            for strip in gl.static_range(part, part + SUB):
+                raw, x = _load_strip(
+                    x_ptr,
+                    norm_ptr,
+                    columns,
+                    num_inner,
+                    norm_offset,
+                    strip,
+                    HAS_NORM,
+                    EVEN_K,
+                    x_fours_of,
+                )
+                xs = xs + (x,)  # noqa: RUF005
+                if HAS_NORM:
+                    squares += raw * raw
+                if HAS_MINIMA or ZERO != 0:
+                    x_sum += (x[0] + x[1]) + (x[2] + x[3])
             if not HAS_MINIMA and ZERO != 0:
+                # What all codes of a group lack stands where the products start, and costs nothing.
                 products += gl.expand_dims(x_sum, 1) * (-ZERO * 2.0**-46)
             for strip in gl.static_range(part, part + SUB):
-                x = _load_strip(x_ptrs, columns, num_inner, strip, EVEN_K, x_fours_of)
+                x = xs[strip - part]
                 if looks_up and strip % 4 == 0:
                     found = (
                         look_up(mains[0], table_ptr, strip // 4),
@@ -197,6 +235,8 @@ def _one_row_kernel(
                 minimum = minima[part // SUB].to(gl.float32)
                 acc += gl.expand_dims(minimum, 2) * gl.expand_dims(x_sum, 1)
     y = gl.sum(gl.sum(acc, 2), 0) * factor
+    if HAS_NORM:
+        y *= gl.rsqrt(gl.sum(gl.sum(squares, 1), 0) / num_inner + eps)
     if HAS_BIAS:
         rows = gl.arange(0, BLOCK_N, y.type.layout)
         cols = gl.minimum(first_out + rows % side_rows, num_out - 1) + rows // side_rows * num_out
@@ -206,6 +246,9 @@ def _one_row_kernel(
         gate, up = gl.split(gl.permute(y.reshape([2, side_rows]), (1, 0)))
         y = activate(gate, up, dtype, ACTIVATION)
     outs = first_out + gl.arange(0, side_rows, y.type.layout)
+    if HAS_RESIDUAL:
+        residual = gl.load(residual_ptr + outs, mask=outs < num_out, other=0.0)
+        y = y.to(gl.float32) + residual.to(gl.float32)
     gl.store(out_ptr + outs, y.to(dtype), mask=outs < num_out)
 
 
@@ -220,22 +263,35 @@ def one_row_product(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     tiles: VectorTiles | None = None,
+    *,
     activation: str | None = None,
+    norm: NormOfRows | None = None,
+    adds: bool = False,
 ) -> None:
-    """Write the product of x [1, K], contiguous, to `out` [1, N], stride 1 along N.
+    """Write the product of x [1, K], contiguous, to `out` [1, N], contiguous.
 
-    With an activation write the gated one of it, as `act_mul` does, to `out` [1, N / 2]: in fp32
-    but for the activation, where two kernels round the product in between.
+    Args:
+        x: The row.
+        weight: Its columns are in x's order.
+        bias: [N] or None.
+        out: Of any float dtype; [1, N / 2] with an activation.
+        tiles: For measurements.
+        activation: Write the gated one of it, as `act_mul` does: in fp32 but for the activation,
+            where two kernels round the product in between.
+        norm: Applied to x first, in fp32.
+        adds: Add to what is in `out`.
     """
     num_cols, num_inner = weight.shape
     num_out = num_cols if activation is None else num_cols // 2
-    tiles = tiles or one_row_tiles(weight, is_gated=activation is not None)
+    tiles = tiles or one_row_tiles(weight)
     block_b = _WARP_BUNDLES.value * tiles.num_warps
     side_rows = tiles.block_n if activation is None else tiles.block_n // 2
     _one_row_kernel[(triton.cdiv(num_out, side_rows),)](
         x,
         *weight.looked_up_planes,
         bias,
+        None if norm is None else norm.weight,
+        out if adds else None,
         out,
         num_out,
         num_cols,
@@ -243,8 +299,12 @@ def one_row_product(
         weight.num_bundles,
         weight.scales.shape[0],
         weight.factor,
+        0.0 if norm is None else norm.offset,
+        0.0 if norm is None else norm.eps,
         **weight.constants,
         HAS_BIAS=bias is not None,
+        HAS_NORM=norm is not None,
+        HAS_RESIDUAL=adds,
         EVEN_K=num_inner % (BUNDLE * block_b) == 0,
         EVEN_N=num_out % side_rows == 0,
         ACTIVATION=activation,

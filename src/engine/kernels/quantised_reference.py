@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels import reference
-from engine.kernels.quantised_layout import STRIP, STRIPS, CodePlanes
+from engine.kernels.quantised_layout import STRIP, STRIPS, CodePlanes, NormOfRows
 
 
 def quantised_linear(
@@ -16,8 +16,10 @@ def quantised_linear(
     *,
     batch_invariant: bool = False,
     activation: str | None = None,
+    norm: NormOfRows | None = None,
+    adds: bool = False,
 ) -> torch.Tensor:
-    """`x @ w.T + bias` with a weight of codes, or the gated activation of it.
+    """`x @ w.T + bias` with a weight of codes, with what stands before and after it on demand.
 
     Args:
         x: [T, K].
@@ -27,18 +29,25 @@ def quantised_linear(
             is none with an activation.
         batch_invariant: Whether a row's bits may not depend on the number of rows.
         activation: As in `act_mul`: the upper half of the weight's rows is the gate's.
+        norm: Of x.
+        adds: Add to what is in `out`.
 
     Returns:
-        `out`, or new [T, N]; [T, N / 2] with an activation, before which the product of one row may
-        stay in float32. Rows may be rounded to 8 bits where `weight.multiplies_bytes`.
+        `out`, or new [T, N]; [T, N / 2] with an activation. For one row what joins the product may
+        stay in float32 where several kernels round in between. Rows may be rounded to 8 bits where
+        `weight.multiplies_bytes`.
     """
+    if norm is not None:
+        x = reference.rms_norm(x, norm.weight, norm.eps, norm.offset)
     if weight.columns is not None:
         x = x.index_select(1, weight.columns)
     expanded = quantised_rows(weight, None, torch.float32).to(x.dtype)
     y = torch.nn.functional.linear(x, expanded, None if bias is None else bias.to(x.dtype))
     if activation is not None:
         return reference.act_mul(y, activation)
-    return y if out is None else out.copy_(y)
+    if out is None:
+        return y
+    return out.add_(y) if adds else out.copy_(y)
 
 
 def quantised_rows(

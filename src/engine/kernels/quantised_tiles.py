@@ -61,13 +61,13 @@ _HOPPER = (
     (16, (16, 64, 4, 4, 256)),
     (32, (32, 64, 5, 4, 256)),
     (64, (64, 64, 4, 4, 190)),
-    (128, (128, 64, 2, 4, 190)),
-    (256, (128, 128, 3, 8, 96)),
-    (512, (256, 128, 2, 8, 96)),
+    (128, (128, 64, 3, 4, 96)),
+    (384, (128, 128, 3, 8, 96)),
 )
-_MANY_HOPPER_ROWS = 256
-_SMALL_WEIGHT = 24 << 20
-"""Numbers of a weight up to which expansion is faster than `quantised_hopper` from 256 rows on."""
+_WIDE_COLUMNS = 16384
+"""Rows of a weight from which small programs fill the GPU."""
+_LONG_ROWS = 8192
+"""Columns of a weight from which twice as many programs share tiles of 128 rows of x."""
 _LARGE_WEIGHT = 40 << 20
 """Numbers of a weight from which tiles are faster than expansion up to 256 rows."""
 
@@ -81,28 +81,27 @@ def vector_tiles(weight: CodePlanes) -> VectorTiles:
     return VectorTiles(block_n, min(16, most_bundles), 2)
 
 
-def one_row_tiles(weight: CodePlanes, *, is_gated: bool = False) -> VectorTiles:
-    """Tiles of `quantised_one_row`, whose warps have eight bundles each.
-
-    Args:
-        weight: Of the product.
-        is_gated: Whether half of a program's rows are the gate's.
-    """
-    num_warps = 2
-    if weight.strips_per_scale < STRIPS and not (weight.table is not None or is_gated):
-        num_warps = 4
-    if weight.bits == 4:
-        return VectorTiles(8, 8 * num_warps, num_warps)
+def one_row_tiles(weight: CodePlanes) -> VectorTiles:
+    """Tiles of `quantised_one_row`, whose warps have eight bundles each."""
+    is_wide = weight.shape[0] >= _WIDE_COLUMNS
+    if weight.table is not None:
+        return VectorTiles(8, 16, 2)
+    if is_wide and weight.bits < 8:
+        return VectorTiles(4, 8, 1)
+    if weight.bits == 4 and weight.strips_per_scale < STRIPS:
+        return VectorTiles(8, 32, 4)
     return VectorTiles(4, 16, 2)
 
 
-def hopper_tiles(num_rows: int, weight: CodePlanes, dtype: torch.dtype) -> ProductTiles | None:
-    """Tiles of `quantised_hopper` for rows of x of `dtype`; None where the weight is expanded."""
+def hopper_tiles(num_rows: int, weight: CodePlanes) -> ProductTiles | None:
+    """Tiles of `quantised_hopper`; None where the weight is better expanded."""
     num_cols, num_inner = weight.shape
     found = next((tiles for most_rows, tiles in _HOPPER if num_rows <= most_rows), None)
-    if found is None or (num_rows > _MANY_HOPPER_ROWS and num_cols * num_inner < _SMALL_WEIGHT):
+    if found is None:
         return None
     block_m, block_n, num_stages, num_warps, fewest = found
+    if 64 < num_rows <= _MANY_ROWS and num_inner >= _LONG_ROWS and weight.bits < 6:
+        fewest *= 2
     num_tiles = -(-num_rows // block_m) * -(-num_cols // block_n)
     split = 1
     while num_tiles * split < fewest and split < min(_MOST_SPLIT, weight.num_bundles // 2):

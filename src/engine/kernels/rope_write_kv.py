@@ -39,7 +39,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from engine.kernels.attention_tiles import starts_kernels_early
 from engine.kernels.compile_ahead import launchable
 from engine.kernels.kv_cache import LIMITS, KVTensor, parts_of
 from engine.kernels.metadata import AttentionMetadata
@@ -114,7 +116,10 @@ def _rope_write_kv_kernel(
     LIMIT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
 ):
+    if STARTS_NEXT:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     columns = tl.arange(0, BLOCK_D)
@@ -248,6 +253,7 @@ def rope_write_kv(
         LIMIT=LIMITS.get(keys.dtype, 0.0),
         BLOCK_H=_BLOCK_H,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        STARTS_NEXT=starts_kernels_early(qkv.device),
         num_warps=2,
         enable_fp_fusion=True,
     )

@@ -182,7 +182,8 @@ class Attention:
 
         `hidden` and `squares` as in `Linear.of_normed`, the rest as in the call.
         """
-        if self._rotates_in_product(cos_sin) and isinstance(k_cache, torch.Tensor):
+        rotates = self._rotates_in_product(cos_sin) and self.qkv_proj.uses_plain_product
+        if rotates and isinstance(k_cache, torch.Tensor):
             assert isinstance(v_cache, torch.Tensor), "both caches are of one kind"
             q = dispatch.normed_qkv(
                 hidden,

@@ -18,10 +18,11 @@ import torch
 
 from engine.errors import UnsupportedModelError
 from engine.kernels import dispatch
-from engine.kernels.quantised_layout import CodePlanes
+from engine.kernels.quantised_layout import CodePlanes, NormOfRows
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.moe import MixtureOfExperts
+from engine.layers.norm import RMSNorm
 from engine.layers.quantised_codes import QuantisedCodes
 from engine.layers.quantised_eight import QuantisedEight
 from engine.layers.quantised_factory import QuantisedWeight, StoredWeight
@@ -69,20 +70,56 @@ class CodedLinear(Linear):
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """See `Linear`."""
+        return self._of_single(x, None, activation=activation)
+
+    def of_normed(
+        self,
+        hidden: torch.Tensor,
+        squares: torch.Tensor,
+        norm: RMSNorm,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """See `Linear`; `squares` is not read: the product of one row sums them up by itself."""
+        joined = NormOfRows(norm.weight, norm.eps, norm.offset)
+        if len(self.weights) == 1:
+            return self._of_single(hidden, None, activation=activation, norm=joined)
+        y = self._of_several(hidden, None, norm=joined)
+        return y if activation is None else dispatch.act_mul(y, activation)
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`; what it returns stands for `squares`, which nobody reads."""
+        if len(self.weights) == 1:
+            return self._of_single(x, hidden, adds=True)
+        return hidden.add_(self._of_several(x, None))
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Linear`."""
+        multiply = self._of_single if len(self.weights) == 1 else self._of_several
+        return multiply(x, out)
+
+    def _of_single(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        *,
+        activation: str | None = None,
+        norm: NormOfRows | None = None,
+        adds: bool = False,
+    ) -> torch.Tensor:
         return dispatch.quantised_linear(
             x,
             self.weights[0],
             self.bias,
+            out,
             batch_invariant=self._batch_invariant,
             activation=activation,
+            norm=norm,
+            adds=adds,
         )
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Linear`."""
-        if len(self.weights) == 1:
-            return dispatch.quantised_linear(
-                x, self.weights[0], self.bias, out, batch_invariant=self._batch_invariant
-            )
+    def _of_several(
+        self, x: torch.Tensor, out: torch.Tensor | None, *, norm: NormOfRows | None = None
+    ) -> torch.Tensor:
         if out is None:
             out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in self.weights))
         start = 0
@@ -90,7 +127,7 @@ class CodedLinear(Linear):
             rows = slice(start, start + weight.shape[0])
             bias = None if self.bias is None else self.bias[rows]
             dispatch.quantised_linear(
-                x, weight, bias, out[:, rows], batch_invariant=self._batch_invariant
+                x, weight, bias, out[:, rows], batch_invariant=self._batch_invariant, norm=norm
             )
             start = rows.stop
         return out
@@ -113,6 +150,11 @@ class CodedEmbedding(Embedding):
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Nothing: it is loaded already."""
         return iter(())
+
+    def with_squares(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Embedding`; products over codes do not read `squares`, and these are none."""
+        hidden = self(input_ids)
+        return hidden, hidden
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states, new [T, H], of ids [T] int64 in [0, V)."""

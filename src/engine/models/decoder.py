@@ -37,7 +37,7 @@ from engine.layers.quantised_linear import StepRows
 from engine.layers.rope import build_cos_sin
 from engine.models.description import DecoderConfig
 from engine.models.layer_parts import PartOptions, make_attention, make_feed_forward, make_norm
-from engine.models.quantised_loading import load_quantised
+from engine.models.quantised_loading import joins_codes, load_quantised
 from engine.models.weight_loading import WeightSource, load_weights
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class Decoder:
             for rope in set(config.ropes)
             if rope is not None
         }
+        self._has_codes = False
         self._max_fused_tokens = self._max_weighed_tokens = 0
         if device.type == "cuda" and not batch_invariant and can_fuse(config, dtype):
             self._max_fused_tokens = few_row_tiles.MAX_FUSED_ROWS
@@ -317,8 +318,11 @@ class Decoder:
         loaded: set[str] = set()
         if factory is not None:
             loaded = load_quantised(self, family, factory)
-            # Those read the weights of plain layers.
-            self._max_fused_tokens = self._max_weighed_tokens = 0
+            # Those read the weights of plain layers, and so does a step of one launch.
+            self._max_weighed_tokens = 0
+            self._has_codes = True
+            is_fused = self._max_fused_tokens > 0 and joins_codes(self)
+            self._max_fused_tokens = 1 if is_fused else 0
             self._distinct_layers = list(range(self.config.num_layers))  # formats of their own
         for group, weights in self._groups():
             for name, view in weights:
@@ -345,7 +349,7 @@ class Decoder:
         dispatch.begin_step(metadata)
         self.step_rows.num_decodes = metadata.num_decodes
         if self._max_fused_tokens >= input_ids.shape[0]:
-            step = self._persistent_step(kv_caches, metadata)
+            step = None if self._has_codes else self._persistent_step(kv_caches, metadata)
             if step is not None:
                 return self.norm(step(input_ids, metadata))
             return self._forward_few_rows(input_ids, kv_caches, metadata)

@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import UnsupportedModelError
 from engine.layers.cpu_quantised import CPUFactory, has_quick_products
-from engine.layers.gpu_quantised import GPUFactory
+from engine.layers.gpu_quantised import CodedLinear, GPUFactory
 from engine.layers.linear import Linear
 from engine.layers.quantised_linear import StepRows
 from engine.models.quantised_plan import QuantisedPlan
@@ -161,6 +161,17 @@ def load_quantised(
         decoder.embedding = factory.embedding(plan.embedding, decoder.embedding.scale)
     _warn_of_expanded(decoder, plan)
     return loaded
+
+
+def joins_codes(decoder: Decoder) -> bool:
+    """Whether norms and residual sums may join the products of one row: all layers have codes."""
+    return all(
+        isinstance(owner_linear, CodedLinear)
+        for layer in decoder.layers
+        for owner in (layer.attention, layer.mlp)
+        for owner_linear in vars(owner).values()
+        if isinstance(owner_linear, Linear)
+    )
 
 
 def _warn_of_expanded(decoder: Decoder, plan: QuantisedPlan) -> None:

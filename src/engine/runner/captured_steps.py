@@ -15,6 +15,7 @@ new sampler variant captures a handful of kernels and not the model again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -54,6 +55,15 @@ class _Size(NamedTuple):
     has_prefix_groups: bool = False
 
 
+@functools.cache
+def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """A second stream for the work of the engine whose own is `stream`.
+
+    Made once: engines take the streams of closed ones, and torch has no more than 32 to give.
+    """
+    return torch.cuda.Stream(stream.device)
+
+
 class CapturedSteps:
     """Captures steps when first met, and launches them.
 
@@ -91,6 +101,8 @@ class CapturedSteps:
             (config.max_num_seqs, model.config.vocab_size), dtype=config.dtype, device=config.device
         )
         self._token_ids = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
+        is_cuda = config.device.type == "cuda"
+        self._side_stream = _stream_beside(torch.cuda.current_stream()) if is_cuda else None
         self._forwards: dict[_Size, CapturedGraph] = {}
         self._samplings: dict[tuple[int, SamplerVariant], CapturedGraph] = {}
 
@@ -228,6 +240,7 @@ class CapturedSteps:
             device_counts=inputs.device_counts,
             max_prefills=0 if is_pure_decode else num_seqs,
             shared_prefixes=inputs.shared_prefixes if size.has_prefix_groups else None,
+            side_stream=None if is_pure_decode else self._side_stream,
         )
         hidden = self._model.forward(inputs.input_ids, kv_caches, metadata)
         if not is_pure_decode:

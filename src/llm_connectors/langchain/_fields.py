@@ -25,12 +25,12 @@ from llm_connectors._params import (
     merge_stop,
     resolve_aliases,
 )
-from llm_connectors._runtime import EngineLease, lease_for
+from llm_connectors.langchain._engine_holder import EngineHolder
 from llm_connectors.langchain._outputs import PROVIDER
-from llm_connectors.langchain.errors import LANGCHAIN_ERRORS
 
 if TYPE_CHECKING:
     from engine import Engine
+    from llm_connectors._runtime import EngineLease
 
 _ALIASES = {**ALIASES, "model_name": "model"}
 
@@ -71,22 +71,12 @@ class CallOptions:
         return None if interval == "auto" else interval
 
 
-class LocalModelFields(SamplingFields):
+class LocalModelFields(EngineHolder, SamplingFields):
     """Mixin of `ChatLocal` and `LocalLLM`: where the model comes from and how it is called."""
 
     model: str = Field(default="", frozen=True)
     """Folder, `.gguf` file, hub id or "smollm2-135m". Also accepted as `model_name`. Default: the
     environment's LLM_CONNECTORS_MODEL."""
-
-    engine: Any = Field(default=None, exclude=True, repr=False, frozen=True)
-    """An `engine.Engine` to use instead of the shared one. Who made it closes it."""
-
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True)
-    """Further `engine.EngineConfig` fields, such as `device`, `dtype` or `max_model_len`."""
-
-    keep_loaded: bool = Field(default=True, frozen=True)
-    """Whether the model stays in memory when the last object that uses it is gone. `close` frees it
-    in any case. False: it is freed as soon as nobody uses it, and loaded again when asked for."""
 
     on_overflow: str = "error"
     """What becomes of a prompt that leaves no room for `max_tokens`: "error" raises
@@ -116,7 +106,6 @@ class LocalModelFields(SamplingFields):
     api_key: SecretStr | None = Field(default=None, exclude=True)
     """Accepted for the same reason. There is nobody to show it to."""
 
-    _lease: EngineLease = PrivateAttr()
     _params_memo: Memo[SamplingParams] | None = PrivateAttr(default=None)
     _options_memo: Memo[CallOptions] | None = PrivateAttr(default=None)
 
@@ -145,32 +134,10 @@ class LocalModelFields(SamplingFields):
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         """Find bad values now, not at the first call. Loads nothing."""
-        self._lease = lease_for(
-            self.model, self.engine_kwargs, self.engine, keep_loaded=self.keep_loaded
-        )
+        self._take_lease()
         self._sampling_params({})
         _check_own({name: getattr(self, name) for name in _COMMON_OWN})
         return self
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """A pickle carries the engine's name and options; weights and threads stay here."""
-        state = super().__getstate__()
-        if self.engine is None:
-            return state
-        fields = {
-            **state["__dict__"],
-            "engine": None,
-            "model": self._lease.config.model,
-            "engine_kwargs": self._lease.options,
-        }
-        return {**state, "__dict__": fields}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A deep copy in the same process shares the engine."""
-        memo = {} if memo is None else memo
-        if self.engine is not None:
-            memo[id(self.engine)] = self.engine
-        return super().__deepcopy__(memo)
 
     # ---------------------------------------------------------------- the engine
 
@@ -178,36 +145,6 @@ class LocalModelFields(SamplingFields):
     def model_name(self) -> str:
         """The same as `model`."""
         return self.model
-
-    def load(self) -> Self:
-        """Load the model now instead of at the first call. Returns the object itself.
-
-        Raises:
-            ConfigError: The model is loaded in this process with other options.
-            ModelNotFoundError: The name leads nowhere.
-            UnsupportedModelError: The engine cannot run this model.
-            CapacityError: The model does not fit into memory.
-        """
-        with LANGCHAIN_ERRORS.converting():
-            self._engine()
-        return self
-
-    async def aload(self) -> Self:
-        """`load` in a worker thread, so that the event loop goes on. Same errors."""
-        with LANGCHAIN_ERRORS.converting():
-            await self._aengine()
-        return self
-
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Give the engine back; its memory is freed once no other living object uses it.
-
-        An `engine=` that was passed in is left to its owner. The next call loads the model again.
-
-        Args:
-            drain: Let running requests finish first.
-            timeout: Seconds to wait for them at most.
-        """
-        self._lease.close(drain=drain, timeout=timeout)
 
     def _engine(self, options: CallOptions | None = None) -> Engine:
         """The engine of this object, or the one a call chose."""
@@ -223,9 +160,6 @@ class LocalModelFields(SamplingFields):
         engine = await self._lease.aget()
         self._on_engine(engine)
         return engine
-
-    def _on_engine(self, engine: Engine) -> None:
-        """Called with the engine before each use, for what is known only once it is loaded."""
 
     # ---------------------------------------------------------------- one call's options
 

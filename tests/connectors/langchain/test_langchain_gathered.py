@@ -45,6 +45,18 @@ def test_long_lists_come_in_pieces(chat, fake_engine, monkeypatch):
     assert fake_engine.hand_overs == [8, 8, 4]
 
 
+def test_long_texts_are_answered_without_worker_threads(chat, fake_engine, monkeypatch):
+    """A loop that is about to end has none left; nobody may wait for ever."""
+    monkeypatch.setattr(_gathered, "MAX_INLINE_CHARS", 10)
+
+    async def run():
+        await asyncio.get_running_loop().shutdown_default_executor()
+        texts = (answered(chat, f"text {number}") for number in range(3))
+        return await asyncio.wait_for(asyncio.gather(*texts), 10)
+
+    assert asyncio.run(run()) == [f"text {number}"[::-1] for number in range(3)]
+
+
 def test_a_call_of_a_later_turn_waits_for_nobody(chat, fake_engine):
     async def run():
         first = asyncio.ensure_future(answered(chat, "ab"))

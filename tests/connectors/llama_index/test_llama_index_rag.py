@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import llama_index.core
@@ -20,6 +21,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
 from llama_index_fake_engine import FakeEngine
+from packaging.version import Version
 from pydantic import BaseModel
 
 import engine
@@ -34,6 +36,7 @@ from llm_connectors.llama_index import (
 )
 from llm_connectors.llama_index.settings import split_sentences
 
+STREAMS = Version("0.14.25")
 FACTS = [
     "Ada Lovelace wrote the first program. It computed Bernoulli numbers.",
     "The Analytical Engine was designed by Charles Babbage. It was never finished.",
@@ -99,7 +102,9 @@ def test_streaming_responses(configured: LocalLLM, fake: FakeEngine, mode: str) 
         response_mode=mode, streaming=True
     )
     pieces = list(engine_.query("Who?").response_gen)
-    assert len(pieces) > 1
+    # LlamaIndex itself collects the pieces of these modes before 0.14.25.
+    is_collected = mode in ("compact", "refine") and Version(version("llama-index-core")) < STREAMS
+    assert len(pieces) == 1 if is_collected else len(pieces) > 1
     assert "".join(pieces).startswith("Seen")
 
 
