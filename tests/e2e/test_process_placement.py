@@ -241,6 +241,23 @@ def test_a_killed_child_answers_every_caller_at_once(make_engine: Callable[..., 
     engine.close()
 
 
+def test_a_reply_that_cannot_be_read_is_the_cause(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    broken = ValueError("not a reply")
+
+    def take(messages: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(engine._host, "_take", take)
+    handle = engine.submit("in the", LONG)
+    with pytest.raises(EngineDeadError) as caught:
+        handle.result(timeout=10)
+    assert caught.value.__cause__ is broken
+    engine.close()
+
+
 def test_a_crash_is_told_with_the_last_words(
     make_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
 ) -> None:

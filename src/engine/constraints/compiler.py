@@ -353,5 +353,5 @@ def _as_lark(source: str) -> str:
         raise
     except Exception as error:  # the translator raises bare exceptions as well as its own
         msg = f'grammar cannot be enforced: {error}. Write rules as in `root ::= "yes" | "no"`.'
-        raise ConstraintError(msg) from None
+        raise ConstraintError(msg) from error
     return lark

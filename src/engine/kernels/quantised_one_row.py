@@ -283,7 +283,7 @@ def one_row_product(
     """
     num_cols, num_inner = weight.shape
     num_out = num_cols if activation is None else num_cols // 2
-    tiles = tiles or one_row_tiles(weight)
+    tiles = tiles or one_row_tiles(weight, is_gated=activation is not None)
     block_b = _WARP_BUNDLES.value * tiles.num_warps
     side_rows = tiles.block_n if activation is None else tiles.block_n // 2
     _one_row_kernel[(triton.cdiv(num_out, side_rows),)](

@@ -235,17 +235,22 @@ class RemoteHost:
             child = self._child = Child(childs_sock)
         except Exception as error:
             self._milestones.put(("failed", error))
-            self._end(EngineDeadError(str(error)))
+            end = EngineDeadError(str(error))
+            end.__cause__ = error
+            self._end(end)
             return
         self._milestones.put(("started",))
         reader = MessageReader(self._sock)
+        unreadable: Exception | None = None
         try:
             while (messages := reader.read()) is not None:
                 self._take(messages)
-        except Exception:
+        except Exception as error:
             logger.exception("Replies of the engine's process %d cannot be read", child.pid)
+            unreadable = error
             child.kill()
         end = EngineDeadError(f"{child.epitaph(child.wait())} Make a new engine.")
+        end.__cause__ = unreadable
         self._milestones.put(("failed", end))
         self._end(end)
 
