@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import cpu, dispatch, fused_reference, quantised_reference, reference
+from engine.kernels import (
+    cpu,
+    dispatch,
+    fused_reference,
+    quantised_dispatch,
+    quantised_reference,
+    reference,
+)
 
 ROOT = Path(__file__).parents[2]
 KERNEL_MODULE = {
@@ -51,7 +58,8 @@ def test_public_ops_are_all_there_are() -> None:
     defined = {
         name
         for name, value in vars(dispatch).items()
-        if inspect.isfunction(value) and value.__module__ == dispatch.__name__
+        if inspect.isfunction(value)
+        and value.__module__ in (dispatch.__name__, quantised_dispatch.__name__)
     }
     assert defined == {*dispatch.PUBLIC_OPS, "begin_step"}
 

@@ -26,7 +26,8 @@ from engine.layers.quantised_linear import QuantisedLinear
 from engine.layers.rounding import round_weight
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.resolve import resolve_model
-from engine.models.decoder import Decoder, DecoderLayer, shapes_of
+from engine.models.decoder import Decoder, shapes_of
+from engine.models.decoder_layer import DecoderLayer
 from engine.models.quantised_loading import joins_codes
 from engine.models.quantiser import Quantiser
 from engine.models.registry import decoder_config

@@ -19,7 +19,8 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
-    from engine.models.decoder import Decoder, DecoderLayer
+    from engine.models.decoder import Decoder
+    from engine.models.decoder_layer import DecoderLayer
 
 
 def is_alone(metadata: AttentionMetadata) -> bool:
