@@ -132,6 +132,7 @@ def check_15_giving_up(subject: Subject) -> None:
     length = llm.metadata.context_window // 2
     options: dict[str, Any] = {"max_tokens": length, "ignore_eos": True}
     blocks = subject.blocks or (lambda: 0)
+    wait_until(lambda: running() == 0, "what ran before this check ends")
     held = blocks()
 
     async def cancel() -> None:
