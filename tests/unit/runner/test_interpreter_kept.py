@@ -30,9 +30,10 @@ class Neighbour:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self):
+        # First: a thread that waits already asks for the interpreter after the interval of before.
         self._interval_s = sys.getswitchinterval()
-        self._thread.start()
         sys.setswitchinterval(100.0)
+        self._thread.start()
         return self
 
     def __exit__(self, *_):
