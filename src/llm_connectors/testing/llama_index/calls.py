@@ -69,7 +69,9 @@ def _tools() -> list[FunctionTool]:
 def _calling(subject: Subject) -> FunctionCallingLLM:
     llm = subject.llm
     assert isinstance(llm, FunctionCallingLLM), f"{type(llm).__name__} calls no tools"
-    assert llm.metadata.is_function_calling_model
+    assert llm.metadata.is_function_calling_model, (
+        "metadata.is_function_calling_model is False: the factory's model knows no tools"
+    )
     return llm
 
 
